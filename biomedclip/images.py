@@ -1,0 +1,170 @@
+"""Image bytes in, checked facts or RGB uint8 out.
+
+`check_image` is what builders call: it decodes the whole stream (a header alone proves nothing), refuses
+decompression bombs before allocating, and returns width, height, sha256 and a 64-bit perceptual hash together with
+bytes a shard can store: the original bytes where they are already JPEG, PNG or WebP that every reader shows alike,
+else a lossless PNG. `read_rgb` is what everything after shards calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from biomedclip.errors import DataError
+
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused before they are decoded; a 9000 x 8800 poster still passes."""
+
+_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_READABLE = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP")
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+
+
+class BadImage(ValueError):
+    """An image that cannot become a sample; `reason` is the ledger's word for it."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedImage:
+    """Bytes a shard can store, and the facts its index row holds."""
+
+    data: bytes
+    format: str
+    width: int
+    height: int
+    sha256: str
+    phash: int
+    flags: tuple[str, ...] = ()
+
+
+def check_image(data: bytes, *, min_side_px: int = 1, max_aspect: float | None = None) -> CheckedImage:
+    """A fully decoded, storable image and its facts.
+
+    Raises BadImage with reason `empty_file`, `not_an_image`, `image_bomb`, `broken_image`, `deep_image`,
+    `image_too_small` or `image_too_elongated`.
+    """
+    if not data:
+        raise BadImage("empty_file")
+    with _open(data) as image:
+        width, height = image.size
+        if min(width, height) < min_side_px:
+            raise BadImage("image_too_small", f"{width}x{height}")
+        if max_aspect is not None and max(width, height) > max_aspect * min(width, height):
+            raise BadImage("image_too_elongated", f"{width}x{height}")
+        flags = _flags(image)
+        if image.mode in _DEEP_MODES:
+            # More than 8 bits need a window, which is a decision; squeezing them silently would invent contrast.
+            raise BadImage("deep_image", f"mode {image.mode}")
+        storable = image.format in _FORMATS and not flags
+        if storable and image.format in ("JPEG", "MPO"):
+            # Validates the whole entropy-coded stream at about half the cost: libjpeg scales while it decodes.
+            image.draft("L", (64, 64))
+        grey = _decode(image)
+        if storable:
+            return CheckedImage(
+                data=data, format=_FORMATS[image.format or ""], width=width, height=height,
+                sha256=hashlib.sha256(data).hexdigest(), phash=perceptual_hash(grey),
+            )  # fmt: skip
+        rgb = _to_rgb(image)
+    buffer = io.BytesIO()
+    rgb.save(buffer, "PNG")
+    encoded = buffer.getvalue()
+    return CheckedImage(
+        data=encoded, format="png", width=rgb.width, height=rgb.height,
+        sha256=hashlib.sha256(encoded).hexdigest(), phash=perceptual_hash(rgb), flags=(*flags, "reencoded"),
+    )  # fmt: skip
+
+
+def read_rgb(data: bytes, where: str = "image") -> Image.Image:
+    """The picture as 8-bit RGB: orientation applied, alpha laid on white, CMYK and palettes converted.
+
+    Raises DataError, naming `where`, for bytes that do not decode and for more than 8 bits a channel, which need a
+    window first.
+    """
+    try:
+        with _open(data) as image:
+            if image.mode in _DEEP_MODES:
+                raise BadImage("deep_image", f"mode {image.mode}")
+            _decode(image)
+            return _to_rgb(image)
+    except BadImage as error:
+        raise DataError(where, "is not a picture this project can show", found=str(error)) from None
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64-bit hash of the 8 x 8 lowest DCT frequencies of a 32 x 32 grey copy; near-duplicates differ in a few bits.
+
+    Bit i is set where coefficient i (row-major, the mean term left out of the median) exceeds the median: the pHash
+    of Zauner (2010).
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32)
+    low = _DCT @ grey @ _DCT.T
+    flat = low.ravel()
+    bits = flat > np.median(flat[1:])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _dct_matrix(rows: int = 8, size: int = 32) -> np.ndarray:
+    k, n = np.arange(rows)[:, None], np.arange(size)[None, :]
+    return np.cos(np.pi * k * (2 * n + 1) / (2 * size)).astype(np.float32)
+
+
+_DCT = _dct_matrix()
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; MAX_PIXELS decides instead
+            image = Image.open(io.BytesIO(data), formats=_READABLE)
+    except UnidentifiedImageError:
+        raise BadImage("not_an_image", f"begins with {data[:12]!r}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage("broken_image", str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("image_bomb", f"{image.width}x{image.height}")
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, IndexError) as error:
+        raise BadImage("broken_image", str(error)) from None
+    return image
+
+
+def _flags(image: Image.Image) -> tuple[str, ...]:
+    """What keeps the original bytes from being stored, because readers would show them differently."""
+    flags = []
+    if image.mode == "CMYK":
+        flags.append("cmyk")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        flags.append("first_frame")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        flags.append("alpha")
+    if image.format in _FORMATS and image.getexif().get(0x0112, 1) != 1:
+        flags.append("rotated")
+    return tuple(flags)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.seek(0)
+    turned = ImageOps.exif_transpose(image) or image
+    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+        picture = turned.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return turned.convert("RGB")

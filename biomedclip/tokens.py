@@ -1,0 +1,88 @@
+"""CLIP byte-pair token ids without torch: for counting tokens while building and for tokenising while training.
+
+The vocabulary is OpenAI CLIP's (MIT, vocabularies/LICENSE), in the rank order that defines the ids; only the 48,894
+merges that CLIP uses are kept. The work is done by the Rust `tokenizers` library; ids are equal to
+`open_clip.get_tokenizer("ViT-B-32")`, which a test checks on captions in many scripts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from biomedclip.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+START, END = "<start_of_text>", "<end_of_text>"
+START_ID, END_ID = 49406, 49407
+
+
+def clean_caption(text: str) -> str:
+    """A caption as CLIP's tokenizer sees it: mended encoding, HTML entities resolved, one space, lower case."""
+    if not text.isascii():
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    if "&" in text:
+        text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
+
+
+def count_tokens(text: str) -> int:
+    """Number of CLIP tokens of a caption, without start and end."""
+    return len(clip_tokenizer().encode(clean_caption(text), add_special_tokens=False).ids)
+
+
+def encode_captions(texts: Sequence[str], context_length: int = 77) -> list[list[int]]:
+    """(B, L) CLIP token ids: start, text, end, zeros; a longer text is cut and still ends in the end token."""
+    encodings = clip_tokenizer().encode_batch_fast([clean_caption(t) for t in texts], add_special_tokens=False)
+    rows = []
+    for encoding in encodings:
+        ids = [START_ID, *encoding.ids[: context_length - 2], END_ID]
+        rows.append(ids + [0] * (context_length - len(ids)))
+    return rows
+
+
+@cache
+def clip_tokenizer() -> Tokenizer:
+    """The Rust tokenizer. Raises MissingExtra where `tokenizers` is not installed."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    except ImportError:
+        raise MissingExtra("build", "tokenizers") from None
+    packed = (resources.files("biomedclip") / "vocabularies" / "clip_merges.txt.gz").read_bytes()
+    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()]
+    symbols = list(_byte_symbols().values())
+    vocabulary = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
+    model = models.BPE(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=merges,
+        end_of_word_suffix="</w>",
+        continuing_subword_prefix="",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([])
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def _byte_symbols() -> dict[int, str]:
+    """Byte -> printable character, GPT-2's table in its own order, which fixes the first 256 ids."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(256 + len(table) - len(printable))
+    return table
