@@ -23,7 +23,7 @@ _HOMES = {
     "train": "biomedclip.training.train",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

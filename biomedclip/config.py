@@ -13,6 +13,7 @@ how to read them.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -54,8 +55,11 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-     "-+0123456789."),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
     ("leading_zero", r"[-+]?0[0-9]+", "-+0"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
@@ -67,7 +71,7 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 def _refuse_leading_zero(loader: _Loader, node: yaml.ScalarNode) -> None:
     raise yaml.MarkedYAMLError(
-        problem=f"{node.value} has a leading zero, which YAML readers understand differently; quote it or drop the zero",
+        problem=f"{node.value} has a leading zero, which YAML readers take differently; quote it or drop the zero",
         problem_mark=node.start_mark,
     )
 
@@ -117,7 +121,8 @@ def load_config(path: str | Path, model: type[ConfigT], overrides: Sequence[str]
 def check_config(values: dict[str, Any], model: type[ConfigT], where: str | Path) -> ConfigT:
     """`values` as a frozen `model`. Raises ConfigError with one line a mistake; `where` names their origin."""
     try:
-        return model.model_validate(values)
+        # Strict JSON rules: a list may become a tuple and a string a path, but '1e-4' is no number and true no integer.
+        return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(dict(problem), model) for problem in error.errors(include_url=False)]
         raise ConfigError(where, "\n".join([lines[0], *(f"{where}: {line}" for line in lines[1:])])) from None
@@ -163,13 +168,13 @@ def _list_item(items: list[Any], key: str, override: str) -> Any:
 
 
 def _explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
-    """One pydantic error as `a.b: what (found ...); what to do`."""
-    location = [part for part in problem["loc"] if not _is_union_tag(part)]
+    """One pydantic error as `a.b: what (found …); what to do`."""
+    location = _field_path(model, problem["loc"])
     path, kind, found = ".".join(str(part) for part in location), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if kind == "missing":
         return f"{path}: is missing; add it"
@@ -180,21 +185,23 @@ def _explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
     return f"{path}: {text} (found {found!r:.80}){hint}"
 
 
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and ("[" in part or part[:1].isupper())
+def _field_path(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
+    """The keys a user wrote, without the member names pydantic adds for unions; the last part is always kept."""
+    path: list[Any] = []
+    for depth, part in enumerate(location):
+        is_key = part in _known_keys(model, path) or isinstance(part, int)
+        if is_key or depth == len(location) - 1:
+            path.append(part)
+    return path
 
 
-def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:
+def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """Keys a section accepts; for a union of sections, of all its members."""
     models = [model]
-    for part in location:
-        following: list[Any] = []
-        for candidate in models:
-            if isinstance(part, int):
-                following.append(candidate)
-            elif part in candidate.model_fields:
-                following += _models_in(candidate.model_fields[part].annotation)
-        models = following or models
+    for part in path:
+        if not isinstance(part, int):
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            models = [found for field in fields for found in _models_in(field.annotation)]
     return sorted({key for candidate in models for key in candidate.model_fields})
 
 

@@ -19,9 +19,7 @@ from pathlib import Path
 class BiomedclipError(Exception):
     """An error whose text says where it happened, what is wrong, what was found and what to do."""
 
-    def __init__(
-        self, where: str | Path, wrong: str, *, found: object | None = None, todo: str | None = None
-    ) -> None:
+    def __init__(self, where: str | Path, wrong: str, *, found: object | None = None, todo: str | None = None) -> None:
         self.where, self.wrong, self.found, self.todo = str(where), wrong, found, todo
         text = f"{self.where}: {wrong}"
         if found is not None:

@@ -122,7 +122,7 @@ class Pair:
     concepts: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     sidecar: Mapping[str, Any] = field(default_factory=dict)
-    """What else a reader of the sample's .json may want: label text, mentions, attribution. Never repeated article facts."""
+    """What else a reader of the .json member may want: label text, mentions. Never facts of the whole article."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ class LabelledImage:
     """One row of a Manifest: a picture and what is known about it, whatever the layout it came from."""
 
     sample_id: str
-    """Unique in the manifest and stable across machines: built from split, path and part, never from an absolute path."""
+    """Unique in the manifest and equal on every machine: from split, path and part, never from an absolute path."""
     image: ImageRef
     labels: tuple[str, ...] = ()
     """Class names that hold. Exactly one for single-label and ordinal sets; empty for captioned sets."""

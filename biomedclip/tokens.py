@@ -57,7 +57,8 @@ def clip_tokenizer() -> Tokenizer:
     except ImportError:
         raise MissingExtra("build", "tokenizers") from None
     packed = (resources.files("biomedclip") / "vocabularies" / "clip_merges.txt.gz").read_bytes()
-    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()]
+    lines = gzip.decompress(packed).decode().splitlines()
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
     symbols = list(_byte_symbols().values())
     vocabulary = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
     model = models.BPE(

@@ -1,0 +1,199 @@
+"""The command line: a thin door. Every command imports its work inside the function, so `--help` costs no torch.
+
+All knobs are in the YAML configs; a command takes a config, an output folder and `--set key=value`. Results go to
+stdout, talk goes to stderr. A BiomedclipError becomes one line and exit code 2 (the user must change something);
+anything else keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from biomedclip import __version__
+from biomedclip.errors import BiomedclipError, MissingExtra
+
+app = typer.Typer(
+    name="biomedclip",
+    help="Build, train, evaluate and load vision-language models for biomedical images.\n\n"
+    "Start with: biomedclip demo. For research only; not for clinical use.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the run writes.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the config; repeatable.")
+]
+PrintOption = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
+
+
+@app.callback(invoke_without_command=True)
+def _global(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: biomedclip demo --out demo")
+def demo(
+    out: OutOption = Path("demo"),
+    overrides: SetOption = None,
+) -> None:
+    """Real articles to shards, a small CLIP trained on them, and a report of what it learned: about 5 minutes."""
+    from biomedclip.demo import run_demo
+    from biomedclip.progress import terminal
+    from data_builders.build import BuildConfig, build
+
+    result = run_demo(
+        out, build=build, build_config=BuildConfig, overrides=overrides or (), progress=terminal, say=_say
+    )
+    typer.echo(result.table)
+    typer.echo(f"\nreport   {result.report}\nnumbers  {result.summary}")
+
+
+@app.command(epilog="Example: biomedclip build configs/build/demo_pmc.yaml --out shards/pmc")
+def build(
+    config: ConfigArgument, out: OutOption, overrides: SetOption = None, print_config: PrintOption = False
+) -> None:
+    """Turn PMC articles or a labelled image set into image-text shards with an index and a ledger."""
+    from biomedclip.config import load_config
+    from biomedclip.progress import terminal
+    from data_builders.build import BuildConfig
+    from data_builders.build import build as run
+
+    settings = load_config(config, BuildConfig, overrides or ())
+    if print_config:
+        return _print_config(settings)
+    manifest = run(settings, out, progress=terminal)
+    ledger = manifest["ledger"]
+    typer.echo(f"{out}: {ledger['seen']:,} seen, {ledger['kept']:,} kept")
+    for reason, count in sorted(ledger["dropped"].items(), key=lambda item: -item[1]):
+        typer.echo(f"  {count:>7,} dropped: {reason}")
+
+
+@app.command(
+    epilog="Example: biomedclip train configs/train/demo.yaml --out runs/demo --set data.sources.0.path=shards/pmc"
+)
+def train(
+    config: ConfigArgument,
+    out: OutOption,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    print_config: PrintOption = False,
+) -> None:
+    """Continually pretrain a CLIP on streamed shards."""
+    from biomedclip.config import load_config
+    from biomedclip.progress import terminal
+    from biomedclip.training.config import TrainConfig
+
+    settings = load_config(config, TrainConfig, overrides or ())
+    if print_config:
+        return _print_config(settings)
+    from biomedclip.training.train import train as run
+
+    result = run(settings, out, resume=resume, progress=terminal)
+    typer.echo(f"{result.final}: trained weights in open_clip's format")
+
+
+@app.command(epilog="Example: biomedclip evaluate configs/evaluate/demo.yaml --out results --set model=runs/demo")
+def evaluate(
+    config: ConfigArgument, out: OutOption, overrides: SetOption = None, print_config: PrintOption = False
+) -> None:
+    """Score a model on tasks: zero-shot classification and retrieval, with intervals."""
+    from biomedclip.config import load_config
+    from biomedclip.evaluation.config import EvaluateConfig
+    from biomedclip.progress import terminal
+
+    settings = load_config(config, EvaluateConfig, overrides or ())
+    if print_config:
+        return _print_config(settings)
+    from biomedclip.evaluation.evaluate import evaluate as run
+    from biomedclip.evaluation.report import results_table
+
+    typer.echo(results_table(run(settings, out, progress=terminal)))
+
+
+@app.command(epilog="Example: biomedclip models")
+def models() -> None:
+    """List the model architectures and checkpoint sources that `load` and the configs accept."""
+    from biomedclip.models.catalog import models_table
+
+    typer.echo(models_table())
+
+
+@app.command(epilog="Example: biomedclip doctor")
+def doctor() -> None:
+    """Say what is installed, what is missing and the pip line for it; exit 2 where something is broken."""
+    from biomedclip.doctor import EXTRAS, describe_machine, find_problems, list_packages
+
+    packages = list_packages()
+    for name, value in describe_machine().items():
+        typer.echo(f"{name:<10} {value}")
+    shown: set[str] = set()
+    for extra in EXTRAS:
+        members = [package for package in packages if package.extra == extra and package.name not in shown]
+        shown |= {package.name for package in members}
+        missing = [package.name for package in members if package.installed is None]
+        state = "ready" if not missing else f"missing {', '.join(missing)}; run: pip install 'biomedclip[{extra}]'"
+        typer.echo(f"\n{extra:<10} {state}")
+        if present := ", ".join(f"{package.name} {package.installed}" for package in members if package.installed):
+            typer.echo(f"           {present}")
+    problems = find_problems(packages)
+    for problem in problems:
+        typer.echo(f"\nproblem    {problem}")
+    if problems:
+        raise typer.Exit(2)
+
+
+def _print_config(settings: Any) -> None:
+    import yaml
+
+    typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _missing_extra(error: ModuleNotFoundError) -> MissingExtra | None:
+    """The extra that brings a module, where it is one of ours; None for a defect in our own imports."""
+    from biomedclip.doctor import list_packages
+
+    module = (error.name or "").split(".")[0]
+    distribution = {"open_clip": "open_clip_torch", "sklearn": "scikit-learn"}.get(module, module)
+    wanted = distribution.replace("_", "-").lower()
+    for package in list_packages():
+        if package.name.replace("_", "-").lower() == wanted and package.installed is None:
+            return MissingExtra(package.extra, module)
+    return None
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become exit codes."""
+    try:
+        app(standalone_mode=True)
+    except BiomedclipError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        missing = _missing_extra(error)
+        if missing is None:
+            raise
+        typer.echo(f"error: {missing}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

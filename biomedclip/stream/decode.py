@@ -1,0 +1,220 @@
+"""Encoded image bytes to RGB pixels of the model's size, in two ways.
+
+`decode_exact` is what evaluation sees: Pillow, the model's own resize rule, no randomness; equal to open_clip's
+transform up to its last step, the normalisation, which runs on the device. `decode_training` is fast and random: JPEG
+is scaled while it is decoded, and the augmentation draws from a generator keyed by (seed, sample key, epoch), so the
+pixels do not depend on the worker, the rank or what was decoded before.
+
+The augmentations are a table by modality (`PRESETS`), to be read and changed. They are mild and physical: a chest
+film keeps its orientation, a smear has none, a figure with text is not mirrored.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from biomedclip.errors import ConfigError, DataError
+from biomedclip.images import MAX_PIXELS, read_rgb
+from biomedclip.stream.plan import draw_int
+
+ResizeMode = Literal["shortest", "longest", "squash"]
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """How a picture becomes the model's square input: open_clip's preprocess_cfg without the normalisation."""
+
+    size_px: int
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """What may happen to a training picture. Ranges are drawn uniformly; a zero or a (1, 1) switches one off."""
+
+    area: tuple[float, float] = (1.0, 1.0)
+    """Share of the picture's area that is kept."""
+    aspect: float = 1.0
+    """The kept part is up to this much wider or taller than the picture."""
+    turn_deg: float = 0.0
+    """Turned by up to this angle to either side; corners are filled with the border's mean colour."""
+    any_orientation: bool = False
+    """Right-angle turns and mirror images are as likely as the original: there is no up in a smear."""
+    mirror: bool = False
+    """Left and right are swapped in half of the pictures, except where the caption names a side."""
+    brightness: float = 0.0
+    """Added to pixels in [0, 1], at most."""
+    contrast: tuple[float, float] = (1.0, 1.0)
+    gamma: tuple[float, float] = (1.0, 1.0)
+    saturation: tuple[float, float] = (1.0, 1.0)
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on pixels in [0, 1], at most."""
+    coarse: tuple[float, float] = (1.0, 1.0)
+    """The picture is first reduced to this share of its size: films come in different sharpness."""
+
+
+PRESETS: dict[str, Augmentation] = {
+    "none": Augmentation(),
+    "figure": Augmentation(area=(0.7, 1.0), aspect=1.15, brightness=0.08, contrast=(0.85, 1.15)),
+    "radiology": Augmentation(
+        area=(0.6, 1.0), aspect=1.15, turn_deg=8, brightness=0.1, contrast=(0.7, 1.3), gamma=(0.7, 1.4), noise=0.03
+    ),
+    "microscopy": Augmentation(
+        area=(0.6, 1.0), aspect=1.15, any_orientation=True, brightness=0.1, contrast=(0.8, 1.2), saturation=(0.7, 1.3)
+    ),
+    "photograph": Augmentation(
+        area=(0.6, 1.0), aspect=1.2, mirror=True, turn_deg=10, brightness=0.1, contrast=(0.8, 1.2),
+        saturation=(0.7, 1.3),
+    ),
+}  # fmt: skip
+"""Preset -> augmentation. A photograph is dermatoscopy, fundus, endoscopy or the like."""
+
+_MODALITIES = (
+    ("radiology", r"x-?ray|radiogra|\bcr\b|\bct\b|tomogra|\bmri?\b|magnetic|ultraso|mammogra|\bpet\b|echo"),
+    ("microscopy", r"microscop|histo|patholog|cytolog|smear|stain|\bh&e\b|blood|cell"),
+    ("photograph", r"derm|fundus|retin|endoscop|photo|ophthalm|colonoscop"),
+)
+
+_SIDES = re.compile(r"\b(left|right|sinistr\w*|dextr\w*|laterali\w*|l|r|os|od)\b", re.IGNORECASE)
+
+
+def preset_for(modality: str | None) -> str:
+    """The augmentation preset for a modality as shards name it; `figure`, the most careful one, for an unknown one."""
+    text = (modality or "").lower().replace("_", " ")
+    return next((preset for preset, pattern in _MODALITIES if re.search(pattern, text)), "figure")
+
+
+def find_preset(name: str) -> Augmentation:
+    """The augmentation of that name. Raises ConfigError for an unknown one."""
+    if name not in PRESETS:
+        raise ConfigError("augmentation", "is no preset", found=repr(name), todo=f"use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def names_side(caption: str) -> bool:
+    """Whether a caption speaks of left or right, so that its picture must not be mirrored."""
+    return _SIDES.search(caption) is not None
+
+
+def decode_exact(data: bytes, geometry: Geometry, where: str = "image") -> np.ndarray:
+    """(H, W, 3) uint8, exactly the pixels evaluation uses. Raises DataError, naming `where`, for undecodable bytes."""
+    return np.asarray(fit(read_rgb(data, where), geometry))
+
+
+def fit(image: Image.Image, geometry: Geometry) -> Image.Image:
+    """The picture as a square of `size_px`, by open_clip's three resize rules.
+
+    `shortest` scales the shorter side and cuts the middle out, `longest` scales the longer side and pads with black,
+    `squash` scales both.
+    """
+    size, resampling = geometry.size_px, _RESAMPLING[geometry.interpolation]
+    if geometry.resize_mode == "squash" or image.width == image.height:
+        return image.resize((size, size), resampling)
+    if geometry.resize_mode == "shortest":
+        short = min(image.size)
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        scaled = image.resize((width, height), resampling)
+        left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+        return scaled.crop((left, top, left + size, top + size))
+    scale = size / max(image.size)
+    scaled = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
+    square = Image.new("RGB", (size, size))
+    square.paste(scaled, ((size - scaled.width) // 2, (size - scaled.height) // 2))
+    return square
+
+
+def read_reduced(data: bytes, image_format: str, size_px: int, where: str = "image") -> Image.Image:
+    """The picture in RGB, its shorter side reduced towards twice `size_px` where it is longer: enough for any crop.
+
+    A pure function of the bytes, so its result may be cached. Raises DataError for bytes that do not decode.
+    """
+    image = _read_jpeg(data, 2 * size_px) if image_format == "jpg" else None
+    if image is None:
+        image = read_rgb(data, where)
+    factor = min(image.size) // (2 * size_px)
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _read_jpeg(data: bytes, min_side_px: int) -> Image.Image | None:
+    """The picture, scaled while decoding; None where the fast decoder cannot show it, so that Pillow decides."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours == "CMYK" or width * height > MAX_PIXELS:
+            return None
+        if Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(0x0112, 1) != 1:
+            return None
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=min_side_px, min_width=min_side_px)
+    except (ValueError, OSError, SyntaxError):
+        return None
+    return Image.fromarray(pixels)
+
+
+def augment(
+    image: Image.Image, geometry: Geometry, change: Augmentation, *, facts: tuple[object, ...], may_mirror: bool
+) -> np.ndarray:
+    """(H, W, 3) uint8 training pixels; `facts` (seed, sample key, epoch) decide every random choice."""
+    random = np.random.Generator(np.random.Philox(key=draw_int("augment", *facts)))
+    box = _crop_box(image.size, change, random)
+    turn = random.uniform(-change.turn_deg, change.turn_deg)
+    coarse = random.uniform(*change.coarse)
+    if change.turn_deg:
+        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        image = image.rotate(turn, Image.Resampling.BILINEAR, center=centre, fillcolor=_border_colour(image))
+    size = geometry.size_px
+    if geometry.resize_mode == "longest":
+        image, box = fit(image.crop(tuple(map(round, box))), geometry), (0.0, 0.0, size, size)
+    if coarse < 1:
+        small = max(round(size * coarse), 1)
+        image, box = image.resize((small, small), Image.Resampling.BILINEAR, box=box), (0.0, 0.0, small, small)
+    image = image.resize((size, size), _RESAMPLING[geometry.interpolation], box=box)
+    pixels = _recolour(np.asarray(image), change, random)
+    if change.any_orientation:
+        pixels = np.rot90(pixels, int(random.integers(4)))
+    if (change.any_orientation or change.mirror) and may_mirror and random.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _crop_box(
+    size: tuple[int, int], change: Augmentation, random: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """The kept part of the picture as left, top, right, bottom, in fractions of pixels."""
+    area, stretch = random.uniform(*change.area), change.aspect ** random.uniform(-1, 1)
+    wide, high = min((area * stretch) ** 0.5, 1.0), min((area / stretch) ** 0.5, 1.0)
+    left, top = random.uniform(0, 1 - wide) * size[0], random.uniform(0, 1 - high) * size[1]
+    return left, top, min(left + wide * size[0], size[0]), min(top + high * size[1], size[1])
+
+
+def _border_colour(image: Image.Image) -> tuple[int, ...]:
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return tuple(int(value) for value in border.mean(axis=0))
+
+
+def _recolour(pixels: np.ndarray, change: Augmentation, random: np.random.Generator) -> np.ndarray:
+    gamma, contrast = random.uniform(*change.gamma), random.uniform(*change.contrast)
+    brightness, saturation = random.uniform(-change.brightness, change.brightness), random.uniform(*change.saturation)
+    noise = random.uniform(0, change.noise)
+    levels = (np.arange(256) / 255.0) ** gamma
+    middle = float(levels[int(pixels.mean())])
+    levels = (levels - middle) * contrast + middle + brightness
+    if saturation == 1 and noise == 0:
+        return (levels.clip(0, 1) * 255 + 0.5).astype(np.uint8)[pixels]
+    values = levels.astype(np.float32)[pixels]
+    if saturation != 1:
+        grey = values.mean(axis=2, keepdims=True)
+        values = grey + (values - grey) * np.float32(saturation)
+    if noise:
+        # One grey grain for all channels: sensor noise of grey modalities, harmless in colour ones.
+        values = values + random.standard_normal(values.shape[:2], dtype=np.float32)[..., None] * np.float32(noise)
+    return (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,0 +1,322 @@
+"""Dataset folders to batches: `{"image": uint8 (B, 3, H, W), "text": int64 (B, L), ...}`, step by step of the plan.
+
+Reads the indexes of finished dataset folders and, for each pick of the plan, the sample's bytes by position; yields
+batches in plan order, whatever the number of workers. Its state is the number of batches delivered to the caller: a
+worker may have read further, but what was not delivered is read again. A sample that cannot be read is counted by
+reason and replaced by another one that the plan names, so a resumed run replaces it by the same one.
+
+Normalisation is left to the device: a uint8 batch is a quarter of the bytes, and casting on the host is the slower
+half of preprocessing.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from biomedclip.errors import ConfigError, DataError
+from biomedclip.images import BadImage
+from biomedclip.shards import DatasetFolder, read_member
+from biomedclip.stream.decode import (
+    Geometry,
+    augment,
+    decode_exact,
+    find_preset,
+    names_side,
+    preset_for,
+    read_reduced,
+)
+from biomedclip.stream.plan import Pick, Plan, PlanSource
+from biomedclip.stream.text import Tokenise, choose_caption
+
+MAX_ATTEMPTS = 8
+"""Substitutes tried for one unreadable sample before the run stops."""
+
+_READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "image_crc32", "text_offset",
+                 "text_size", "json_offset", "json_size", "num_captions", "modality")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSource:
+    """One dataset folder of a training mixture, restricted to a split; `weight` is its share of every batch."""
+
+    name: str
+    path: str | Path
+    weight: float = 1.0
+    split: str = "train"
+    balance: bool = False
+    """Every class (first label of a sample) takes the same share of the source, however many samples it has."""
+    augmentation: str = "auto"
+    """A preset of `biomedclip.stream.decode`, or `auto`: by each sample's modality."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What reading needs of the samples of one plan source, as columns, plus their labels as ids of the mixture."""
+
+    folder: Path
+    source: StreamSource
+    columns: dict[str, list[Any]]
+    labels: list[tuple[int, ...]]
+    articles: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Batches of a plan by step. `read` is what a worker runs; it depends on the step alone."""
+
+    def __init__(
+        self,
+        sources: Sequence[StreamSource],
+        *,
+        batch_size: int,
+        seed: int,
+        geometry: Geometry,
+        tokenise: Tokenise,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad: float = 0.05,
+        cache_bytes: int = 256_000_000,
+    ) -> None:
+        if batch_size % world_size:
+            raise ConfigError("batch_size", "is not a multiple of the number of processes",
+                              found=f"{batch_size} for {world_size}")  # fmt: skip
+        self.rows, plan_sources, self.label_names = read_rows(sources)
+        self.plan = Plan(plan_sources, batch_size=batch_size, seed=seed)
+        self.seed, self.geometry, self.tokenise = seed, geometry, tokenise
+        self.rank, self.world_size, self.max_bad = rank, world_size, max_bad
+        self.max_labels = max((len(labels) for rows in self.rows for labels in rows.labels), default=0)
+        self._cache_bytes = cache_bytes
+        self._cache: dict[tuple[int, int], Image.Image] = {}
+        self._files: dict[tuple[int, Path], Any] = {}
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        picks = self.plan.batch(step)[self.rank :: self.world_size]
+        images, captions, final, bad = [], [], [], []
+        for wanted in picks:
+            pick, image, caption, reasons = self._read(wanted)
+            images.append(image)
+            captions.append(caption)
+            final.append(pick)
+            bad += reasons
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return {
+            "image": pixels,
+            "text": self.tokenise(captions),
+            "labels": self._labels(final),
+            "article": torch.tensor([self.rows[p.source].articles[p.row] for p in final], dtype=torch.int64),
+            "key": [self.rows[p.source].columns["key"][p.row] for p in final],
+            "source": [self.rows[p.source].source.name for p in final],
+            "epoch": torch.tensor([p.epoch for p in final], dtype=torch.int64),
+            "bad": bad,
+        }
+
+    def read(self, pick: Pick) -> tuple[np.ndarray, str]:
+        """Training pixels (H, W, 3) uint8 and caption of one sample. Raises DataError where it cannot be read."""
+        rows = self.rows[pick.source]
+        key, where = rows.columns["key"][pick.row], f"{rows.folder}: {rows.columns['key'][pick.row]}"
+        caption = choose_caption(self._captions(pick), self.seed, key, pick.epoch)
+        image = self._cache.get((pick.source, pick.row))
+        if image is None:
+            data = self._bytes(pick, "image")
+            if zlib.crc32(data) != rows.columns["image_crc32"][pick.row]:
+                raise DataError(where, "has other bytes than its index says", todo="rebuild the dataset")
+            image = read_reduced(data, rows.columns["image_format"][pick.row], self.geometry.size_px, where)
+            self._remember(pick, image)
+        preset = rows.source.augmentation
+        change = find_preset(preset_for(rows.columns["modality"][pick.row]) if preset == "auto" else preset)
+        facts = (self.seed, rows.source.name, key, pick.epoch)
+        return augment(image, self.geometry, change, facts=facts, may_mirror=not names_side(caption)), caption
+
+    def read_exact(self, source: int, row: int) -> tuple[np.ndarray, str]:
+        """Evaluation pixels (H, W, 3) uint8 and first caption of one sample."""
+        pick, rows = Pick(source, row, 0), self.rows[source]
+        pixels = decode_exact(self._bytes(pick, "image"), self.geometry, rows.columns["key"][row])
+        return pixels, self._captions(pick)[0]
+
+    def _read(self, wanted: Pick) -> tuple[Pick, np.ndarray, str, list[tuple[str, str, str]]]:
+        """The picked sample or the first readable substitute, and (source, key, reason) of each one that failed."""
+        pick, bad = wanted, []
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                image, caption = self.read(pick)
+            except (DataError, BadImage) as error:
+                rows = self.rows[pick.source]
+                bad.append((rows.source.name, rows.columns["key"][pick.row], str(error)))
+                pick = self.plan.substitute(wanted, attempt)
+            else:
+                return pick, image, caption, bad
+        raise DataError(
+            str(self.rows[wanted.source].folder), f"{MAX_ATTEMPTS} samples in a row cannot be read", found=bad[-1][2],
+            todo="run: biomedclip build on it again, or check the disk",
+        )  # fmt: skip
+
+    def _captions(self, pick: Pick) -> list[str]:
+        columns = self.rows[pick.source].columns
+        if columns["num_captions"][pick.row] > 1:
+            import json
+
+            return list(json.loads(self._bytes(pick, "json"))["captions"])
+        return [self._bytes(pick, "text").decode()]
+
+    def _bytes(self, pick: Pick, member: str) -> bytes:
+        rows = self.rows[pick.source]
+        columns, row = rows.columns, pick.row
+        path = rows.folder / columns["shard"][row]
+        # Open files belong to a process: a forked worker must not share its parent's.
+        file = self._files.get((os.getpid(), path))
+        if file is None:
+            try:
+                file = self._files[os.getpid(), path] = path.open("rb")
+            except OSError as error:
+                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
+        return read_member(file, columns[f"{member}_offset"][row], columns[f"{member}_size"][row], path,
+                           columns["key"][row])  # fmt: skip
+
+    def _remember(self, pick: Pick, image: Image.Image) -> None:
+        size = image.width * image.height * 3
+        if size <= self._cache_bytes:
+            self._cache_bytes -= size
+            self._cache[pick.source, pick.row] = image
+
+    def _labels(self, picks: Sequence[Pick]) -> torch.Tensor:
+        """(B, K) label ids of the mixture, -1 where a sample has fewer than K."""
+        table = torch.full((len(picks), self.max_labels), -1, dtype=torch.int64)
+        for place, pick in enumerate(picks):
+            labels = self.rows[pick.source].labels[pick.row]
+            table[place, : len(labels)] = torch.tensor(labels, dtype=torch.int64)
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_cache": {}}
+
+    def close(self) -> None:
+        """Close the shards this process opened."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class StreamLoader:
+    """Batches `start`, `start` + 1, ... of a run of `max_steps`; sized, and resumable by its state.
+
+    Iterating continues where the state is, so `for batch in loader` after `load_state_dict` gives exactly the batches
+    an uninterrupted run would have given next.
+    """
+
+    def __init__(self, samples: Samples, *, max_steps: int, workers: int = 0) -> None:
+        self.samples, self.max_steps, self.workers = samples, max_steps, workers
+        self.delivered = 0
+        self.bad: Counter[str] = Counter()
+        """Unreadable samples by source, each time one was met."""
+        self.last_bad: str | None = None
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        steps = range(self.delivered, self.max_steps)
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            self.samples, batch_size=None, sampler=list(steps), num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )  # fmt: skip
+        for batch in loader:
+            self._count(batch.pop("bad"), len(batch["key"]))
+            # Counted before it is handed over: a state taken while the caller works on it includes it.
+            self.delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches delivered, the identity of the plan they came from, and the unreadable samples so far."""
+        return {"delivered": self.delivered, "plan_sha256": self.plan_sha256, "bad": dict(self.bad)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the state's batches. Raises ConfigError where the state is of another plan."""
+        if state["plan_sha256"] != self.plan_sha256:
+            raise ConfigError(
+                "data", "is not what the interrupted run read: sources, weights, batch size or seed differ",
+                todo="restore the old values or start a new run folder",
+            )  # fmt: skip
+        self.delivered, self.bad = int(state["delivered"]), Counter(state["bad"])
+
+    @cached_property
+    def plan_sha256(self) -> str:
+        return self.samples.plan.sha256
+
+    def _count(self, bad: Sequence[tuple[str, str, str]], size: int) -> None:
+        for source, _, reason in bad:
+            self.bad[source] += 1
+            self.last_bad = reason
+        seen = (self.delivered + 1) * size
+        if bad and self.bad.total() > max(self.samples.max_bad * seen, MAX_ATTEMPTS):
+            raise DataError(
+                "data", f"{self.bad.total()} of {seen} samples cannot be read, more than {self.samples.max_bad:.0%}",
+                found=self.last_bad, todo="rebuild the dataset or check the disk",
+            )  # fmt: skip
+
+
+def read_rows(sources: Sequence[StreamSource]) -> tuple[list[Rows], list[PlanSource], list[str]]:
+    """The samples of a mixture, the plan's view of them, and the names of the label ids.
+
+    A balanced source becomes one plan source per class. A label's id is its place among all `source: label` names, so
+    that two sets with a class `normal` do not share it. Raises DataError for a missing folder or an empty split.
+    """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError("data.sources", "two sources have one name", found=", ".join(names), todo="rename one")
+    tables = [_read_split(source) for source in sources]
+    label_names = sorted(
+        {f"{s.name}: {label}" for s, table in zip(sources, tables, strict=True) for label in _known(table["labels"])}
+    )
+    articles = sorted({a for table in tables for a in table["article_id"] if a is not None})
+    label_ids = {name: number for number, name in enumerate(label_names)}
+    article_ids = {name: number for number, name in enumerate(articles)}
+    rows, plan_sources = [], []
+    for source, table in zip(sources, tables, strict=True):
+        parts = _parts(source, table)
+        for part, members in parts.items():
+            taken = {column: [values[i] for i in members] for column, values in table.items()}
+            groups = tuple(taken["article_id"])
+            plan_sources.append(PlanSource(name=part, weight=source.weight / len(parts), groups=groups))
+            labels = [tuple(label_ids[f"{source.name}: {x}"] for x in names or ()) for names in taken["labels"]]
+            columns = {column: taken[column] for column in _READ_COLUMNS}
+            numbers = [article_ids.get(a, -1) for a in groups]
+            rows.append(Rows(Path(source.path), source, columns, labels, numbers))
+    return rows, plan_sources, label_names
+
+
+def _read_split(source: StreamSource) -> dict[str, list[Any]]:
+    index = DatasetFolder(source.path).index.select([*_READ_COLUMNS, "article_id", "labels", "split"])
+    table: dict[str, list[Any]] = index.to_pydict()
+    chosen = [i for i, split in enumerate(table["split"]) if split == source.split]
+    if not chosen:
+        found = ", ".join(sorted(set(table["split"]))) or "no samples"
+        raise DataError(source.path, f"has no samples of split '{source.split}'", found=found)
+    return {column: [values[i] for i in chosen] for column, values in table.items()}
+
+
+def _parts(source: StreamSource, table: Mapping[str, list[Any]]) -> dict[str, list[int]]:
+    """Plan source name -> rows: the whole source, or one part per class where it is to be balanced."""
+    if not source.balance:
+        return {source.name: list(range(len(table["key"])))}
+    parts: dict[str, list[int]] = {}
+    for i, labels in enumerate(table["labels"]):
+        parts.setdefault(f"{source.name}/{labels[0] if labels else ''}", []).append(i)
+    return dict(sorted(parts.items()))
+
+
+def _known(column: Sequence[Sequence[str] | None]) -> set[str]:
+    return {label for labels in column for label in labels or ()}

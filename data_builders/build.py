@@ -1,0 +1,295 @@
+"""One build config to one dataset folder: a source's pairs, filtered, shuffled and written, each counted once.
+
+Reads a `BuildConfig` (PMC articles or a labelled set: one YAML is one run) and yields a finished dataset folder, see
+`biomedclip.shards`. The pairs of a source come article by article; shards in that order would put figures of one
+article, which are each other's false negatives, into one batch, so all kept pairs are first spooled to an unnamed
+temporary file in the output folder and then written in the order of a seeded hash of their keys. The bytes depend on
+the config and the input alone: an interrupted build is simply run again and gives the same ones. A finished folder is
+never touched: the same config over the same input is returned as it is, anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import Field
+
+import biomedclip
+from biomedclip.config import Config
+from biomedclip.errors import ConfigError, DataError
+from biomedclip.files import TEMPORARY_PREFIX, sha256_json, write_json
+from biomedclip.licences import is_allowed
+from biomedclip.progress import Progress, silent
+from biomedclip.schema import Article, Drop, Pair
+from biomedclip.shards import MANIFEST, DatasetFolder, DatasetWriter
+from data_builders.card import dataset_card
+from data_builders.filters import Filter, FilterConfig, apply_filters, make_filters
+from data_builders.pmc.pairs import PmcConfig
+
+UNFINISHED = ".building.json"
+"""Marks a folder that a build has begun to fill, and by which config; gone when the manifest is there."""
+
+SAMPLE_SCHEME = "sample://"
+
+NLM_NOTICE = (
+    "Articles are from PubMed Central (PMC), courtesy of the U.S. National Library of Medicine (NLM). This is a "
+    "snapshot{when}; it does not reflect the most current data available from NLM: articles may since have been "
+    "corrected, retracted or removed. NLM has not endorsed this data set."
+)
+"""What the terms of the PMC Cloud Service ask of those who redistribute."""
+
+
+class LabelsConfig(Config):
+    """A labelled image set and the recipe that turns its labels into captions."""
+
+    kind: Literal["labels"] = "labels"
+    root: str
+    """The set's folder or file; `sample://bccd` is one that comes with the project."""
+    recipe: str
+    """Name of a recipe of the project, or path of a recipe file."""
+    splits: tuple[str, ...] | None = ("train",)
+    """Splits of the set that become pairs; the others are left for evaluation and not even counted. None takes all."""
+
+
+class ShardConfig(Config):
+    """How large a shard may grow, whichever limit comes first."""
+
+    max_samples: int = Field(default=10_000, ge=1)
+    max_bytes: int = Field(default=500_000_000, ge=1)
+
+
+class BuildConfig(Config):
+    """One build."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    licence: Literal["commercial-derivatives", "commercial", "noncommercial", "all"]
+    """The preset of `biomedclip.licences.PRESETS`; there is no default, because nobody should get one unasked."""
+    source: Annotated[PmcConfig | LabelsConfig, Field(discriminator="kind")]
+    filters: FilterConfig = FilterConfig()
+    shards: ShardConfig = ShardConfig()
+    shuffle_seed: int = 0
+    max_drop_rate: float | None = Field(default=None, ge=0, le=1)
+    """Fail where a larger share of what was seen is dropped; a guard against sources that changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInput:
+    """A source as `build` sees it, whatever its kind."""
+
+    fingerprint: str
+    """Hex sha256 of what the source promises; equal input, equal fingerprint, on any machine."""
+    total: int
+    """Steps that `items` reports to its argument."""
+    items: Callable[[Callable[[], None]], Iterator[Article | Pair | Drop]]
+    """The stream; calls its argument after each article or row."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the input beside the fingerprint: notices, attribution."""
+
+
+def build(config: BuildConfig, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
+    """The manifest of the dataset in `out`, built now unless it is there already.
+
+    Raises ConfigError where `out` holds another dataset or other files, DataError where the source cannot be read,
+    nothing is kept or more is dropped than `max_drop_rate`. Interrupted at any moment, it is run again and gives the
+    same bytes.
+    """
+    out = Path(out)
+    source = open_input(config)
+    identity = {"config_sha256": config_sha256(config), "input_sha256": source.fingerprint}
+    manifest = _finished(out, identity)
+    if manifest is not None:
+        (out / UNFINISHED).unlink(missing_ok=True)
+        return manifest
+    _claim(out, identity)
+    with (
+        DatasetWriter(
+            out, name=config.name, max_samples=config.shards.max_samples, max_bytes=config.shards.max_bytes
+        ) as writer,
+        tempfile.TemporaryFile(dir=out, prefix=TEMPORARY_PREFIX) as spool,
+    ):
+        collected = _collect(config, source, writer, spool, progress)
+        _check_yield(config, collected)
+        with progress("writing shards", len(collected.kept)) as advance:
+            for pair in _shuffled(collected.kept, spool, config.shuffle_seed):
+                writer.add(pair)
+                advance()
+        manifest = writer.finish(
+            articles=collected.articles,
+            provenance=_provenance(config, identity, source, collected),
+            card=lambda facts: dataset_card(facts, collected.articles, collected.kept_articles),
+        )
+    (out / UNFINISHED).unlink()
+    return manifest
+
+
+def is_built(config: BuildConfig, out: str | Path) -> bool:
+    """Whether `out` holds what `build` would return at once. Raises ConfigError where it holds another dataset."""
+    identity = {"config_sha256": config_sha256(config), "input_sha256": open_input(config).fingerprint}
+    return _finished(Path(out), identity) is not None
+
+
+def config_sha256(config: BuildConfig) -> str:
+    """Hex sha256 of the resolved config."""
+    return sha256_json(config.model_dump(mode="json"))
+
+
+def resolve_root(root: str) -> Path:
+    """The path of a source; `sample://NAME` is in the sample data that comes with the project."""
+    if not root.startswith(SAMPLE_SCHEME):
+        return Path(root).expanduser()
+    sample = Path(str(resources.files("data_builders"))) / "sample"
+    path = sample / root.removeprefix(SAMPLE_SCHEME)
+    if ".." in path.parts or not path.exists():
+        known = ", ".join(f"{SAMPLE_SCHEME}{p.name}" for p in sorted(sample.iterdir()) if p.is_dir())
+        raise ConfigError(root, "is not in the sample data", todo=f"use one of {known}")
+    return path
+
+
+def open_input(config: BuildConfig) -> BuildInput:
+    """The source of a config, ready to be read. Raises DataError where it is missing or empty."""
+    if isinstance(config.source, PmcConfig):
+        return _open_pmc(config.source, config.licence)
+    return _open_labels(config.source)
+
+
+def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
+    from data_builders.pmc.catalog import LocalBucket, choose_versions, fingerprint
+    from data_builders.pmc.pairs import article_pairs
+
+    bucket = LocalBucket(resolve_root(config.root))
+    digest, count = fingerprint(bucket)
+
+    def items(advance: Callable[[], None]) -> Iterator[Article | Pair | Drop]:
+        for record in choose_versions(bucket.records()):
+            if isinstance(record, Drop):
+                yield record
+            else:
+                yield from article_pairs(record, bucket, config, preset=preset)
+            advance()
+
+    notice = NLM_NOTICE.format(when=f" of {config.snapshot}" if config.snapshot else "")
+    return BuildInput(fingerprint=digest, total=count, items=items, facts={"notices": [notice]})
+
+
+def _open_labels(config: LabelsConfig) -> BuildInput:
+    raise ConfigError("source.kind", "labels is not there yet")
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What one pass over a source left: pairs without their image bytes, which wait in the spool."""
+
+    kept: list[tuple[Pair, int, int]] = field(default_factory=list)
+    """Pair, offset and size of its image."""
+    articles: list[Article] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept_articles(self) -> Counter[str]:
+        """Article id -> number of pairs."""
+        return Counter(pair.article_id for pair, _, _ in self.kept if pair.article_id)
+
+
+def _collect(
+    config: BuildConfig, source: BuildInput, writer: DatasetWriter, spool: BinaryIO, progress: Progress
+) -> _Collected:
+    """Read the source once: drops go to the writer's ledger, images to the spool, the rest to memory."""
+    collected, filters = _Collected(), make_filters(config.filters)
+    with progress("reading articles" if config.source.kind == "pmc" else "reading images", source.total) as advance:
+        for item in source.items(lambda: advance(1, f"{len(collected.kept)} kept")):
+            if isinstance(item, Article):
+                collected.articles.append(item)
+                continue
+            verdict = _judge(item, config.licence, filters)
+            if isinstance(verdict, Drop):
+                writer.add(verdict)
+                collected.dropped[verdict.reason] += 1
+            else:
+                collected.kept.append((replace(verdict, image=b""), spool.tell(), len(verdict.image)))
+                spool.write(verdict.image)
+    return collected
+
+
+def _judge(item: Pair | Drop, preset: str, filters: tuple[Filter, ...]) -> Pair | Drop:
+    if isinstance(item, Drop):
+        return item
+    if not is_allowed(item.licence, preset):
+        # Sources refuse earlier where that saves work; this line is what makes the preset hold for all of them.
+        return Drop(source=item.source, item=item.figure_id or item.key, reason="licence_not_allowed",
+                    detail=f"{item.licence} under {preset}", article_id=item.article_id)  # fmt: skip
+    return apply_filters(item, filters)
+
+
+def _shuffled(kept: list[tuple[Pair, int, int]], spool: BinaryIO, seed: int) -> Iterator[Pair]:
+    """The pairs with their images, in the order of a seeded hash of the key: new pairs never reorder old ones."""
+
+    def rank(entry: tuple[Pair, int, int]) -> bytes:
+        return hashlib.sha256(f"{seed}:{entry[0].key}".encode()).digest()
+
+    for pair, offset, size in sorted(kept, key=rank):
+        spool.seek(offset)
+        yield replace(pair, image=spool.read(size))
+
+
+def _check_yield(config: BuildConfig, collected: _Collected) -> None:
+    dropped, kept = sum(collected.dropped.values()), len(collected.kept)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in collected.dropped.most_common(5)) or "nothing seen"
+    if not kept:
+        raise DataError(config.source.root, f"none of {dropped} figures or images can be kept", found=reasons,
+                        todo="check the licence preset, the filters and the source")  # fmt: skip
+    rate = dropped / (dropped + kept)
+    if config.max_drop_rate is not None and rate > config.max_drop_rate:
+        raise DataError(config.source.root, f"{rate:.1%} is dropped, max_drop_rate allows {config.max_drop_rate:.1%}",
+                        found=reasons, todo="check the source or raise max_drop_rate")  # fmt: skip
+
+
+def _provenance(
+    config: BuildConfig, identity: Mapping[str, str], source: BuildInput, collected: _Collected
+) -> dict[str, Any]:
+    provenance: dict[str, Any] = {
+        "biomedclip": biomedclip.__version__,
+        "config": config.model_dump(mode="json"),
+        **identity,
+        **source.facts,
+    }
+    if config.source.kind == "pmc":
+        provenance["articles"] = {"read": len(collected.articles), "kept": len(collected.kept_articles)}
+    return provenance
+
+
+def _finished(out: Path, identity: Mapping[str, str]) -> dict[str, Any] | None:
+    """The manifest of a finished dataset of the same identity. Raises ConfigError for one of another."""
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = DatasetFolder(out).manifest
+    provenance = manifest.get("provenance", {})
+    for part, text in (("config_sha256", "config"), ("input_sha256", "input")):
+        if provenance.get(part) != identity[part]:
+            raise ConfigError(
+                out, f"holds a finished dataset of another {text}", found=f"{part} {provenance.get(part)}"[:40],
+                todo="name another folder, or delete this one to build it anew",
+            )  # fmt: skip
+    return manifest
+
+
+def _claim(out: Path, identity: Mapping[str, str]) -> None:
+    """Mark `out` as being built. Raises ConfigError where it holds files that no build of this config left there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(out, "is a file", todo="name a folder")
+    marker = out / UNFINISHED
+    if marker.exists():
+        if json.loads(marker.read_bytes()) != identity:
+            raise ConfigError(out, "holds an unfinished build of another config or input",
+                              todo="name another folder, or delete this one")  # fmt: skip
+    elif out.exists() and any(path for path in out.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)):
+        found = next(path.name for path in sorted(out.iterdir()))
+        raise ConfigError(out, "holds other files", found=found, todo="name an empty or a new folder")
+    write_json(marker, dict(identity))

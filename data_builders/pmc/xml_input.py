@@ -1,0 +1,224 @@
+"""Bytes of one XML file in, its `article` element out, whatever the wrapper, encoding, namespace or damage.
+
+Every file is treated as hostile: no DTD is loaded, nothing is fetched, no entity is ever expanded, and a file that
+declares entities is refused before the parser sees it (the parser's own limits must be off for long articles, so they
+cannot be relied on). The order of attempts matters: a strict parse first, then one of repaired bytes, and only then
+libxml2's recovery, which can lose text and is therefore flagged `xml_recovered`. `cut_references` removes reference
+lists before the parse, because they are about a third of an article and never hold a figure; a test compares the
+results with and without it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from html.entities import html5
+
+from lxml import etree
+from lxml.etree import _Element as Element
+
+XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
+XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+
+_OPTIONS = {
+    "load_dtd": False,
+    "no_network": True,
+    "resolve_entities": False,
+    "attribute_defaults": False,
+    "dtd_validation": False,
+    "huge_tree": True,  # some articles hold more than 10 MB in one text node
+    "remove_comments": True,
+    "remove_pis": True,
+    "collect_ids": False,  # figures are found by walking; the id table costs a tenth of the parse
+}
+_STRICT = etree.XMLParser(**_OPTIONS)
+_RECOVER = etree.XMLParser(recover=True, **_OPTIONS)
+
+_ASCII_LIKE = ("utf-8", "ascii", "iso8859", "cp125", "latin", "koi8")
+"""Beginnings of Python codec names whose encodings agree with ASCII: their bytes can be searched as they are."""
+_DECLARATION = re.compile(rb"^\s*<\?xml\b[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*?\?>")
+_BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_UTF16_WITHOUT_BOM = ((b"<\x00", "utf-16-le"), (b"\x00<", "utf-16-be"))
+_ENTITY = re.compile(rb"<!\[CDATA\[.*?\]\]>|&([A-Za-z][A-Za-z0-9.-]*);", re.DOTALL)
+_PREDEFINED = frozenset((b"amp", b"lt", b"gt", b"quot", b"apos"))
+_ILLEGAL_CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\r")
+_ILLEGAL_REFERENCE = re.compile(rb"&#(?:0*(?:[0-8]|1[124-9]|2[0-9]|3[01])|[xX]0*(?:[0-8]|[bcef]|1[0-9a-f]));", re.I)
+
+
+class BadXml(ValueError):
+    """XML that yields no article. `reason` is a ledger word: empty_file, xml_error, xml_hostile or not_an_article."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def read_article_element(xml: bytes, *, pmcid: int | None = None, cut: bool = True) -> tuple[Element, set[str]]:
+    """The first `article` element without its default namespace, and flags on how it was read.
+
+    Of several articles in one wrapper the one with `pmcid` is taken, or else the first. Flags: `xml_recovered`,
+    `encoding_repaired`, `unknown_entity`. Raises BadXml.
+    """
+    if not xml.strip():
+        raise BadXml("empty_file", f"{len(xml)} bytes, none of them text")
+    flags: set[str] = set()
+    xml = _make_ascii_like(xml)
+    # Refused wherever it stands: telling a DOCTYPE from a CDATA section by search is what an attacker would attack.
+    if b"<!ENTITY" in xml:
+        raise BadXml("xml_hostile", "it declares entities")
+    xml = substitute_entities(xml, flags)
+    root = _parse(xml, flags, cut)
+    if root is None:
+        raise BadXml("xml_error", "nothing could be recovered")
+    return _find_article(root, pmcid), flags
+
+
+def substitute_entities(xml: bytes, flags: set[str] | None = None) -> bytes:
+    """The XML with HTML's named entities as character references and unknown ones as literal text.
+
+    JATS names them in an external DTD, which is never loaded, so `&micro;` would be an error or be lost. CDATA
+    sections stay as they are. Adds `unknown_entity` to `flags`.
+    """
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        name = match[1]
+        if name is None or name in _PREDEFINED:
+            return match[0]
+        text = html5.get(f"{name.decode('ascii')};")
+        if text is not None:
+            return "".join(f"&#{ord(c)};" for c in text).encode("ascii")
+        if flags is not None:
+            flags.add("unknown_entity")
+        return b"&amp;" + name + b";"
+
+    return _ENTITY.sub(replace, xml) if b"&" in xml else xml
+
+
+def cut_references(xml: bytes) -> bytes:
+    """The XML without the reference lists of its back matter, or unchanged where that could remove anything else.
+
+    Left alone: nested lists, lists with figures, figure citations, comments, processing instructions or CDATA.
+    """
+    back = xml.find(b"<back")
+    if back < 0:
+        return xml
+    kept, position = [], 0
+    start = xml.find(b"<ref-list", back)
+    while start >= 0:
+        end = xml.find(b"</ref-list>", start)
+        if end < 0:
+            return xml
+        end += len(b"</ref-list>")
+        inner = xml[start:end]
+        if xml.find(b"<ref-list", start + 1, end) >= 0 or any(mark in inner for mark in _NOT_TO_CUT):
+            return xml
+        kept.append(xml[position:start])
+        position = end
+        start = xml.find(b"<ref-list", end)
+    kept.append(xml[position:])
+    return b"".join(kept)
+
+
+_NOT_TO_CUT = (b"<fig", b"<graphic", b'"fig"', b"'fig'", b"<!", b"-->", b"<?", b"]]>", b"article>")
+
+
+def href_of(element: Element) -> str | None:
+    """The `xlink:href` of an element, also where the prefix was never declared; None where it is absent or empty."""
+    href = element.get(XLINK_HREF)
+    if href is None:
+        href = next((v for k, v in element.items() if k.rpartition("}")[2].rpartition(":")[2] == "href"), None)
+    return (href.strip() or None) if href else None
+
+
+def _make_ascii_like(xml: bytes) -> bytes:
+    """The file in an encoding whose ASCII bytes mean ASCII, so that the checks above see what the parser will see."""
+    encoding = next((name for bom, name in _BOMS if xml.startswith(bom)), None)
+    encoding = encoding or next((name for start, name in _UTF16_WITHOUT_BOM if xml.startswith(start)), None)
+    if encoding is None:
+        declared = _DECLARATION.match(xml.removeprefix(codecs.BOM_UTF8))
+        if declared is None:
+            return xml
+        encoding = declared[1].decode("ascii")
+        try:
+            if codecs.lookup(encoding).name.startswith(_ASCII_LIKE):
+                return xml
+        except LookupError as error:
+            raise BadXml("xml_error", f"unknown encoding {encoding!r}") from error
+    try:
+        text = xml.decode(encoding, errors="replace")
+    except (LookupError, UnicodeError) as error:
+        raise BadXml("xml_error", f"cannot be read as {encoding!r}: {error}") from error
+    return re.sub(r"^\ufeff?\s*<\?xml\b.*?\?>", "", text, count=1, flags=re.DOTALL).encode("utf-8", "replace")
+
+
+def _parse(xml: bytes, flags: set[str], cut: bool) -> Element | None:
+    xml = xml.lstrip()
+    if cut:
+        shorter = cut_references(xml)
+        if shorter is not xml:
+            try:
+                return etree.fromstring(shorter, _STRICT)
+            except etree.XMLSyntaxError:
+                pass  # the file is damaged, or the cut was wrong: the whole of it decides
+    try:
+        return etree.fromstring(xml, _STRICT)
+    except etree.XMLSyntaxError:
+        flags.add("xml_recovered")
+    xml = _repair_bytes(xml, flags)
+    try:
+        return etree.fromstring(xml, _STRICT)
+    except etree.XMLSyntaxError:
+        pass
+    try:
+        return etree.fromstring(xml, _RECOVER)
+    except etree.XMLSyntaxError as error:
+        raise BadXml("xml_error", str(error)) from error
+
+
+def _repair_bytes(xml: bytes, flags: set[str]) -> bytes:
+    """Bytes without characters that XML forbids; what is not UTF-8 in a file that says so becomes U+FFFD."""
+    xml = _ILLEGAL_REFERENCE.sub(b"", xml.translate(None, _ILLEGAL_CONTROLS))
+    declared = _DECLARATION.match(xml)
+    if declared is None or declared[1].lower().replace(b"-", b"") == b"utf8":
+        try:
+            xml.decode("utf-8")
+        except UnicodeDecodeError:
+            flags.add("encoding_repaired")
+            xml = xml.decode("utf-8", errors="replace").encode("utf-8")
+    return xml
+
+
+def _find_article(root: Element, pmcid: int | None) -> Element:
+    articles = [root] if _local_name(root) == "article" else list(root.iter("article", "{*}article"))
+    if not articles:
+        raise BadXml("not_an_article", f"the root element is <{_local_name(root)}>")
+    for article in articles:
+        _strip_namespace(article)
+    if pmcid is not None and len(articles) > 1:
+        for article in articles:
+            ids = article.findall("front/article-meta/article-id")
+            if any((i.text or "").strip().upper() in (f"PMC{pmcid}", str(pmcid)) for i in ids):
+                return article
+    return articles[0]
+
+
+def _local_name(element: Element) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _strip_namespace(article: Element) -> None:
+    """Make `{https://jats…}fig` plain `fig`, so that one spelling serves; MathML, xlink and ali keep theirs."""
+    tag = article.tag
+    if not tag.startswith("{"):
+        return
+    namespace = tag[: tag.index("}") + 1]
+    for element in article.iter(f"{namespace}*"):
+        element.tag = element.tag[len(namespace) :]

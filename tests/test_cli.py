@@ -1,0 +1,133 @@
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from biomedclip import __version__, cli
+from biomedclip.errors import ConfigError
+
+COMMANDS = typer.main.get_command(cli.app).commands
+OPTIONS = {
+    "demo": {"--out", "--set"},
+    "build": {"config", "--out", "--set", "--print-config"},
+    "train": {"config", "--out", "--set", "--resume", "--print-config"},
+    "evaluate": {"config", "--out", "--set", "--print-config"},
+    "models": set(),
+    "doctor": set(),
+}
+
+
+def run(*arguments, **kw):
+    return subprocess.run([sys.executable, "-m", "biomedclip", *arguments], capture_output=True, text=True, **kw)
+
+
+def test_the_commands_and_their_options_are_frozen():
+    found = {name: {p.opts[0] for p in command.params if p.opts[0] != "--help"} for name, command in COMMANDS.items()}
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_command_has_help_and_an_example(name):
+    done = CliRunner().invoke(cli.app, [name, "--help"])
+    assert done.exit_code == 0
+    assert f"Example: biomedclip {name}" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["demo", "--help"]])
+def test_help_imports_no_torch_and_is_quick(arguments):
+    script = (
+        "import sys\nfrom biomedclip.cli import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'pyarrow', 'lxml', 'open_clip', 'lightning', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[]")
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert run(*arguments).returncode == 0
+        seconds.append(time.monotonic() - start)
+    # The promise is half a second; the best of three is what the code costs, not what else the machine does.
+    assert min(seconds) < 0.5
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout.strip() == __version__
+
+
+def test_a_mistake_in_a_config_is_one_line_and_exit_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("zzz: 1\n")
+    done = run("train", str(path), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert all(str(path) in line for line in done.stderr.strip().splitlines())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_is_one_line_and_exit_2(tmp_path):
+    done = run("build", str(tmp_path / "no.yaml"), "--out", str(tmp_path / "x"))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/no.yaml: there is no such file")
+
+
+def test_an_unknown_command_is_exit_2():
+    assert run("demmo").returncode == 2
+
+
+def test_the_resolved_config_can_be_printed_and_read_back(tmp_path):
+    from biomedclip.config import config_file, load_config
+    from biomedclip.training.config import TrainConfig
+
+    path = config_file("train/demo.yaml")
+    done = run("train", str(path), "--out", str(tmp_path / "r"), "--set", "seed=7", "--print-config", check=True)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(done.stdout)
+    assert load_config(copy, TrainConfig) == load_config(path, TrainConfig, ["seed=7"])
+    assert load_config(copy, TrainConfig).seed == 7
+
+
+def test_a_missing_package_of_an_extra_is_one_line(monkeypatch, capsys):
+    def fail(**_):
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
+
+    from biomedclip import doctor
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(doctor, "list_packages", lambda: [doctor.Package("app", "gradio", ">=5.0", None)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "pip install 'biomedclip[app]'" in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(**_):
+        raise ModuleNotFoundError("No module named 'biomedclip.lost'", name="biomedclip.lost")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()
+
+
+def test_user_errors_are_exit_2(monkeypatch, capsys):
+    def fail(**_):
+        raise ConfigError("a.yaml", "is empty")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: a.yaml: is empty\n"
+
+
+def test_models_lists_names_without_torch():
+    script = (
+        "import sys\nfrom biomedclip.models.catalog import models_table\ntext = models_table()\n"
+        "assert 'biomedclip-demo' in text, text\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
