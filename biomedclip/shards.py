@@ -51,6 +51,11 @@ BLOCK = 512
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
+IMAGE_MEMBER = "jpg"
+"""Extension of every image member, whatever its encoding, which the index and the .json name. `datasets` takes the
+extension for a column: a shard with both .jpg and .png is refused, or has None for the images of the rarer kind.
+Readers (Pillow, torchvision's decode_image, webdataset, open_clip, datasets) look at the bytes, never at this name."""
+
 
 class DatasetWriter:
     """Writes a dataset folder from a stream of `Pair | Drop`; use as a context manager and call `finish`.
@@ -206,7 +211,7 @@ class _Shard:
     def add(self, pair: Pair) -> None:
         row = index_row(pair)
         members = (
-            ("image", pair.image_format, pair.image),
+            ("image", IMAGE_MEMBER, pair.image),
             ("text", "txt", pair.caption.encode()),
             ("json", "json", json.dumps(sidecar(pair), ensure_ascii=False, sort_keys=True).encode()),
         )
@@ -272,6 +277,7 @@ def sidecar(pair: Pair) -> dict[str, Any]:
         "source": pair.source,
         "split": pair.split,
         "licence": pair.licence,
+        "image_format": pair.image_format,
         "width": pair.width,
         "height": pair.height,
         "sha256": pair.sha256,
@@ -286,7 +292,8 @@ def sidecar(pair: Pair) -> dict[str, Any]:
         "concepts": list(pair.concepts),
         "flags": list(pair.flags),
     }
-    return {**{key: value for key, value in facts.items() if value not in (None, [])}, **pair.sidecar}
+    # `datasets` infers types from the first samples: a null or an empty list there would make a later value an error.
+    return {key: value for key, value in {**facts, **pair.sidecar}.items() if value not in (None, [])}
 
 
 def index_row(pair: Pair) -> dict[str, Any]:

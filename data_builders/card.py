@@ -62,7 +62,7 @@ def dataset_card(
 
 
 def hub_licence(code: str, url: str | None = None) -> str:
-    """The Hugging Face hub's word for a licence; `cc` where a Creative Commons version is not stated or not known there.
+    """The Hugging Face hub's word for a licence; `cc` where a Creative Commons version is not stated or unknown there.
 
     The version is read from the licence's own URL, because a bare `CC BY` states none.
     """
@@ -101,8 +101,10 @@ def _introduction(manifest: Mapping[str, Any]) -> str:
     return (
         f"{manifest['samples']:,} images with captions from {sources}, built with biomedclip "
         f"{manifest['provenance'].get('biomedclip', '')}".rstrip()
-        + ". Each sample is an image (`jpg`, `png` or `webp`, the original bytes wherever every reader shows them "
-        "alike), a caption (`txt`) and its facts (`json`); splits never share an article, patient or field."
+        + ". Each sample is an image (`jpg`), a caption (`txt`) and its facts (`json`). The image is JPEG, PNG or WebP, "
+        "the original bytes wherever every reader shows them alike; `image_format` in the json says which, and the "
+        "member is called `jpg` in each case, because `datasets` wants one name. Splits never share an article, "
+        "patient or field."
     )
 
 
@@ -125,7 +127,7 @@ def _loading(manifest: Mapping[str, Any]) -> str:
         'samples = load_dataset("path/of/this/folder", streaming=True)\n'
         f'samples = load_dataset("webdataset", data_files={{"train": "{first}"}}, streaming=True)\n'
         "```\n\n"
-        f"`webdataset.WebDataset(\"{first}\")` and open_clip's `--dataset-type webdataset` read the tars as they are; "
+        f'`webdataset.WebDataset("{first}")` and open_clip\'s `--dataset-type webdataset` read the tars as they are; '
         "the parquet file beside each tar is its index (offsets, sizes, hashes, licence, labels), and `biomedclip` "
         "reads any sample by position through it."
     )
@@ -166,9 +168,9 @@ def _attribution(credited: Sequence[Article], kept: Mapping[str, int], others: I
         parts.append(_table(header, rows))
         if len(credited) > len(rows):
             parts.append(f"{len(credited) - len(rows):,} more articles are in `articles.parquet`.")
-    rows = [tuple(row.get(column, "") for column in ("name", "citation", "licence", "url")) for row in others]
-    if rows:
-        parts.append(_table(("data set", "citation", "licence", "source"), rows))
+    sets = [tuple(row.get(column, "") for column in ("name", "citation", "licence", "url")) for row in others]
+    if sets:
+        parts.append(_table(("data set", "citation", "licence", "source"), sets))
     if not parts:
         return ""
     changes = "Changes: figures were taken out of their articles; see the flag `reencoded` for pictures stored anew."

@@ -70,5 +70,5 @@ def test_a_drop_names_the_figure_its_article_and_what_was_found() -> None:
 
 
 def test_a_limit_that_nothing_could_meet_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_aspect: .*greater than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"max_aspect: .*greater than or equal to 1"):
         check_config({"max_aspect": 0.5}, FilterConfig, "here.yaml")

@@ -27,8 +27,8 @@ def confusion(y: ArrayLike, predicted: ArrayLike, num_classes: int, weights: Arr
         order = np.argsort(cell, kind="stable")
         cells, starts = np.unique(cell[order], return_index=True)
         table[:, cells] = np.add.reduceat(w[:, order], starts, axis=1)
-    table = table.reshape(-1, num_classes, num_classes)
-    return table[0] if single else table
+    tables = table.reshape(-1, num_classes, num_classes)
+    return tables[0] if single else tables
 
 
 def accuracy(y: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None) -> Any:

@@ -24,7 +24,7 @@ _RESIDUE = (
     (re.compile(r"\b(?:None|nan|null)\b"), "a value that was missing"),
     (re.compile(r"\s{2,}|^\s|\s$"), "stray spaces"),
 )
-_VOWEL_ARTICLE = re.compile(r"\ba(?= [aeio])|\bA(?= [aeio])")
+_ARTICLE = re.compile(r"\b[aA] $")
 
 
 def compile_prompts(task: Task, prompt_set: str = "default", *, synonyms: bool | None = None) -> dict[str, list[str]]:
@@ -55,8 +55,8 @@ def fill(template: str, name: str) -> str:
     if template.count("{}") != 1:
         raise ConfigError(f"template '{template}'", "must hold {} once", found=template.count("{}"))
     before, after = template.split("{}")
-    # Only an article that the template puts directly before the name changes; class names stay as written.
-    before = _VOWEL_ARTICLE.sub(lambda m: m[0] + "n", before + name[:1])[: -1 if name else None]
+    if _ARTICLE.search(before) and name[:1].lower() in tuple("aeio"):
+        before = before[:-1] + "n "
     return before + name + after
 
 

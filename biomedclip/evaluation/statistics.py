@@ -107,9 +107,7 @@ def _count_draws(rng: np.random.Generator, rows: int, size: int) -> NDArray[np.f
     return np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
-def bootstrap(
-    statistics: Mapping[str, Statistic], resampler: Resampler, *, level: float = 0.95
-) -> dict[str, Interval]:
+def bootstrap(statistics: Mapping[str, Statistic], resampler: Resampler, *, level: float = 0.95) -> dict[str, Interval]:
     """A percentile interval for each statistic, all from the same resamples.
 
     Quantiles (1 - level) / 2 and (1 + level) / 2 by linear interpolation. A statistic that is NaN on the data, or a

@@ -45,7 +45,7 @@ class PromptSet(Config):
     source: str
     """Who wrote these prompts: a paper, a repository, or this project."""
     templates: tuple[str, ...] = ()
-    per_class: dict[str, tuple[str, ...]] = {}
+    per_class: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -86,7 +86,7 @@ class Expect(Config):
     """Counts the split should have; `subset` allows fewer (a shipped sample), `verified` says who counted."""
 
     n: int | None = None
-    classes: dict[str, int] = {}
+    classes: dict[str, int] = Field(default_factory=dict)
     subset: bool = False
     verified: bool = False
 
@@ -116,7 +116,7 @@ class Task(Config):
     select_split: str | None = None
     """Where anything tuned (a threshold, a temperature) is chosen; never the split that is scored."""
     classes: tuple[ClassName, ...] = ()
-    prompt_sets: dict[str, PromptSet] = {}
+    prompt_sets: dict[str, PromptSet] = Field(default_factory=dict)
     ensemble: Ensemble = Ensemble()
     metrics: Metrics
     bootstrap: BootstrapUnit = BootstrapUnit()
@@ -126,7 +126,7 @@ class Task(Config):
     licence: str
     citation: str
     contamination: str
-    published: tuple[Published, ...] = Field(default=())
+    published: tuple[Published, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

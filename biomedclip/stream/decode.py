@@ -12,6 +12,7 @@ film keeps its orientation, a smear has none, a figure with text is not mirrored
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -43,9 +44,10 @@ class Augmentation:
     """What may happen to a training picture. Ranges are drawn uniformly; a zero or a (1, 1) switches one off."""
 
     area: tuple[float, float] = (1.0, 1.0)
-    """Share of the picture's area that is kept."""
+    """Area that is seen, as a share of the picture's. Ranges centred on 1 keep whole pictures, which is what
+    evaluation shows, in the middle of what was trained on; with crops alone they lie at its far end."""
     aspect: float = 1.0
-    """The kept part is up to this much wider or taller than the picture."""
+    """The seen part is up to this much wider or taller than the picture."""
     turn_deg: float = 0.0
     """Turned by up to this angle to either side; corners are filled with the border's mean colour."""
     any_orientation: bool = False
@@ -59,8 +61,6 @@ class Augmentation:
     saturation: tuple[float, float] = (1.0, 1.0)
     noise: float = 0.0
     """Standard deviation of Gaussian noise on pixels in [0, 1], at most."""
-    coarse: tuple[float, float] = (1.0, 1.0)
-    """The picture is first reduced to this share of its size: films come in different sharpness."""
 
 
 PRESETS: dict[str, Augmentation] = {
@@ -164,18 +164,19 @@ def augment(
 ) -> np.ndarray:
     """(H, W, 3) uint8 training pixels; `facts` (seed, sample key, epoch) decide every random choice."""
     random = np.random.Generator(np.random.Philox(key=draw_int("augment", *facts)))
-    box = _crop_box(image.size, change, random)
+    left, top, right, bottom = _view(image.size, change, random)
     turn = random.uniform(-change.turn_deg, change.turn_deg)
-    coarse = random.uniform(*change.coarse)
+    margin = math.ceil(max(-left, -top, right - image.width, bottom - image.height, 0))
+    if margin:
+        # Beyond the picture its edge goes on: black would tell the model that this is a training picture.
+        image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+    box = (left + margin, top + margin, right + margin, bottom + margin)
     if change.turn_deg:
         centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         image = image.rotate(turn, Image.Resampling.BILINEAR, center=centre, fillcolor=_border_colour(image))
     size = geometry.size_px
     if geometry.resize_mode == "longest":
         image, box = fit(image.crop(tuple(map(round, box))), geometry), (0.0, 0.0, size, size)
-    if coarse < 1:
-        small = max(round(size * coarse), 1)
-        image, box = image.resize((small, small), Image.Resampling.BILINEAR, box=box), (0.0, 0.0, small, small)
     image = image.resize((size, size), _RESAMPLING[geometry.interpolation], box=box)
     pixels = _recolour(np.asarray(image), change, random)
     if change.any_orientation:
@@ -185,14 +186,12 @@ def augment(
     return np.ascontiguousarray(pixels)
 
 
-def _crop_box(
-    size: tuple[int, int], change: Augmentation, random: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """The kept part of the picture as left, top, right, bottom, in fractions of pixels."""
+def _view(size: tuple[int, int], change: Augmentation, random: np.random.Generator) -> tuple[float, ...]:
+    """What the model sees of a picture, as left, top, right, bottom in its pixels; may reach beyond the picture."""
     area, stretch = random.uniform(*change.area), change.aspect ** random.uniform(-1, 1)
-    wide, high = min((area * stretch) ** 0.5, 1.0), min((area / stretch) ** 0.5, 1.0)
-    left, top = random.uniform(0, 1 - wide) * size[0], random.uniform(0, 1 - high) * size[1]
-    return left, top, min(left + wide * size[0], size[0]), min(top + high * size[1], size[1])
+    wide, high = size[0] * (area * stretch) ** 0.5, size[1] * (area / stretch) ** 0.5
+    left, top = random.random() * (size[0] - wide), random.random() * (size[1] - high)
+    return left, top, left + wide, top + high
 
 
 def _border_colour(image: Image.Image) -> tuple[int, ...]:

@@ -280,7 +280,7 @@ def _sidecar(figure: Figure, file: SourceFile) -> dict[str, Any]:
         "file": file.name,
         "md5": file.md5,
         "panel_count": figure.panel_count if figure.panel_count > 1 else None,
-        "group": figure.group_id,
+        "figure_group": figure.group_id,
         "mentions": mentions,
     }
     return {key: value for key, value in sidecar.items() if value}

@@ -11,25 +11,30 @@ any element of interest takes lxml's C serialiser, and a test holds the two equa
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeAlias
 
 from lxml import etree
 
 from data_builders.pmc.mathml import render_math, strip_tex
 from data_builders.pmc.xml_input import Element
 
-MARK = "\x01"
-"""Stands where a marked element begins. XML forbids this character, so no article can contain it."""
+MARK = re.compile("\x01(\\d+)\x02")
+"""What stands where a marked element begins. XML forbids both characters, so no article can contain them."""
+
+Marked: TypeAlias = Mapping[Element, int]
 
 _MML = "{http://www.w3.org/1998/Math/MathML}math"
 _BLOCKS = (
     *("p", "title", "subtitle", "label", "list", "list-item", "def-list", "def-item", "def", "term", "def-head"),
     *("term-head", "disp-formula", "disp-formula-group", "disp-quote", "statement", "sec", "boxed-text", "break"),
-    *("verse-group", "verse-line", "preformat", "code", "table-wrap", "table", "thead", "tbody", "tfoot", "tr", "td"),
-    *("th", "fn", "fn-group", "caption", "speech", "speaker", "attrib", "hr", "chem-struct-wrap", "array", "question"),
+    *("verse-group", "verse-line", "preformat", "code", "table", "thead", "tbody", "tfoot", "tr", "td"),
+    *("th", "fn", "fn-group", "caption", "speech", "speaker", "hr", "chem-struct-wrap", "array", "question"),
 )
 _SKIPPED = {
     # element -> flag to leave where it held something
     "object-id": "boilerplate_removed",
+    "attrib": "attribution_removed",
     "supplementary-material": "supplement_removed",
     "media": "supplement_removed",
     "permissions": None,
@@ -37,6 +42,7 @@ _SKIPPED = {
     "long-desc": None,
     "graphic": None,
     "inline-graphic": "has_inline_graphic",
+    "table-wrap": "table_removed",
     "inline-media": None,
     "processing-meta": None,
     "fig": None,
@@ -81,12 +87,12 @@ _BOILERPLATE_WORDS = ("full", "view", "lick here", "ownload", "colo", "Colo", "d
 """One of these stands in every match, which spares most captions the expression above."""
 
 
-def render_text(element: Element, flags: set[str] | None = None, marked: frozenset[Element] | None = None) -> str:
-    """The text of an element on one line; `MARK` stands before each element of `marked`. Adds to `flags`."""
+def render_text(element: Element, flags: set[str] | None = None, marked: Marked | None = None) -> str:
+    """The text of an element on one line; a `MARK` with its number stands before each of `marked`. Adds to `flags`."""
     if not len(element):
         return normalise(element.text or "")
     pieces: list[str] = []
-    _walk(element, pieces, set() if flags is None else flags, marked or frozenset())
+    _walk(element, pieces, set() if flags is None else flags, marked or {})
     return normalise("".join(pieces))
 
 
@@ -106,10 +112,10 @@ def caption_text(caption: Element, flags: set[str], *, fast: bool = True) -> str
     for child in caption:
         if child.tag in ("p", "title"):
             block = _plain_text(child) if fast else None
-            blocks.append(_drop_links(child, flags) if block is None else normalise(block))
+            blocks.append(render_text(child, flags) if block is None else normalise(block))
         else:
             pieces: list[str] = []
-            _walk_child(child, pieces, flags, frozenset())
+            _walk_child(child, pieces, flags, {})
             blocks.append(normalise("".join(pieces)))
         blocks.append(normalise(child.tail or ""))
     kept = [block for block in blocks if block and not _LINK.fullmatch(block)]
@@ -139,11 +145,7 @@ def _plain_text(element: Element) -> str | None:
     return etree.tostring(element, method="text", encoding="unicode", with_tail=False)
 
 
-def _drop_links(block: Element, flags: set[str]) -> str:
-    return render_text(block, flags)
-
-
-def _walk(element: Element, pieces: list[str], flags: set[str], marked: frozenset[Element]) -> None:
+def _walk(element: Element, pieces: list[str], flags: set[str], marked: Marked) -> None:
     if element.text:
         pieces.append(element.text)
     for child in element:
@@ -152,11 +154,11 @@ def _walk(element: Element, pieces: list[str], flags: set[str], marked: frozense
             pieces.append(child.tail)
 
 
-def _walk_child(child: Element, pieces: list[str], flags: set[str], marked: frozenset[Element]) -> None:
+def _walk_child(child: Element, pieces: list[str], flags: set[str], marked: Marked) -> None:
     rule = _RULES.get(child.tag)
     if rule is None:
         if child in marked:
-            pieces.append(MARK)
+            pieces.append(f"\x01{marked[child]}\x02")
         if isinstance(child.tag, str):
             _walk(child, pieces, flags, marked)
     elif rule == "sup":
@@ -179,19 +181,19 @@ def _walk_child(child: Element, pieces: list[str], flags: set[str], marked: froz
         _walk_alternatives(child, pieces, flags, marked)
 
 
-def _walk_sup(sup: Element, pieces: list[str], flags: set[str], marked: frozenset[Element]) -> None:
+def _walk_sup(sup: Element, pieces: list[str], flags: set[str], marked: Marked) -> None:
     inner: list[str] = []
     _walk(sup, inner, flags, marked)
     text = "".join(inner)
-    content = text.replace(MARK, "").strip()
-    before = next((piece[-1] for piece in reversed(pieces) if piece and piece != MARK), "")
+    content = MARK.sub("", text).strip()
+    before = next((piece[-1] for piece in reversed(pieces) if piece and piece[0] != "\x01"), "")
     if before.isdecimal() and any(map(str.isalnum, content)) and content not in _NO_CARET:
         pieces.append("^")
         text = text.lstrip()
     pieces.append(text)
 
 
-def _walk_alternatives(element: Element, pieces: list[str], flags: set[str], marked: frozenset[Element]) -> None:
+def _walk_alternatives(element: Element, pieces: list[str], flags: set[str], marked: Marked) -> None:
     """One of the renderings: plain text before MathML before TeX; pictures say nothing."""
     for tags in (("textual-form",), (_MML, "math", "mml:math"), ("tex-math",)):
         for child in element:

@@ -1,0 +1,239 @@
+"""Images and sentences to unit embeddings, once: batched, checked, and kept on disk.
+
+Reads a Manifest and a model of open_clip's kind; yields `ImageEmbeddings`: ids and (N, D) float32 vectors of length 1
+for every image that could be read, and a Drop for every one that could not. A NaN is an error that names the samples,
+because NaN compares false to everything and would silently rank best or worst. The cache key is made of the weights
+themselves, the preprocessing and the manifest, not of the model's name: a retrained `my-model` is another model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biomedclip.errors import CheckpointError, DataError
+from biomedclip.files import sha256_json, write_atomic
+from biomedclip.progress import Progress, silent
+from biomedclip.schema import Drop, LabelledImage, Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+ReadImage = Callable[[Manifest, LabelledImage], "Image.Image"]
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageEmbeddings:
+    """Unit embeddings of the readable images of a manifest, in its order."""
+
+    sample_ids: tuple[str, ...]
+    vectors: NDArray[np.float32]
+    drops: tuple[Drop, ...] = ()
+    cached: bool = False
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """`sha256:…` of every parameter and buffer, by name, type, shape and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # A view as bytes: numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def embed_images(
+    model: torch.nn.Module,
+    preprocess: Callable[[Image.Image], torch.Tensor],
+    manifest: Manifest,
+    *,
+    read: ReadImage | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+    max_excluded: float = 0.01,
+    cache: str | Path | None = None,
+    model_hash: str | None = None,
+    progress: Progress = silent,
+) -> ImageEmbeddings:
+    """Embeddings of all rows of the manifest, from the cache folder where it has them.
+
+    `read` fetches a row's picture, by default `biomedclip.layouts.read_rgb`. Raises DataError where more than
+    `max_excluded` of the images cannot be read, where none can, and where an embedding is not finite.
+    """
+    path = None
+    if cache is not None:
+        key = [_CACHE_VERSION, model_hash or fingerprint(model), repr(preprocess), manifest.sha256, "float32"]
+        path = Path(cache) / f"{manifest.name}-{sha256_json(key)[:24]}.npz"
+        found = _read_cache(path)
+        if found is not None:
+            return found
+    ids: list[str] = []
+    parts: list[NDArray[np.float32]] = []
+    drops: list[Drop] = []
+    with progress(f"embedding {manifest.name}", len(manifest.rows)) as advance:
+        for batch in _batches(manifest, read or _read_row(), preprocess, batch_size, workers):
+            good = [(row.sample_id, image) for row, image in batch if not isinstance(image, Drop)]
+            drops += [image for _, image in batch if isinstance(image, Drop)]
+            _check_excluded(drops, manifest, max_excluded)
+            if good:
+                ids += [sample_id for sample_id, _ in good]
+                parts.append(_encode_images(model, [image for _, image in good], device))
+                _check_finite(parts[-1], ids[-len(good) :], manifest.name)
+            advance(len(batch))
+    if not parts:
+        raise DataError(manifest.name, "has no readable image", found=f"{len(drops)} unreadable", todo="check the root")
+    result = ImageEmbeddings(sample_ids=tuple(ids), vectors=np.concatenate(parts), drops=tuple(drops))
+    if path is not None:
+        _write_cache(path, result)
+    return result
+
+
+def embed_texts(
+    model: torch.nn.Module,
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> NDArray[np.float32]:
+    """(M, D) unit embeddings of the texts. Raises DataError naming the texts whose embedding is not finite."""
+    import torch
+
+    parts = []
+    with progress("embedding texts", len(texts)) as advance:
+        for start in range(0, len(texts), batch_size):
+            chunk = list(texts[start : start + batch_size])
+            with torch.inference_mode(), _evaluating(model):
+                vectors = model.encode_text(tokenizer(chunk).to(device), normalize=True)  # type: ignore[operator]
+            parts.append(_unit(vectors))
+            _check_finite(parts[-1], [repr(text)[:60] for text in chunk], "texts")
+            advance(len(chunk))
+    return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+
+
+def logit_scale_of(model: torch.nn.Module) -> float:
+    """The model's logit scale, exponentiated. Raises CheckpointError where it has none or it is not finite."""
+    scale = getattr(model, "logit_scale", None)
+    if scale is None:
+        raise CheckpointError(type(model).__name__, "has no logit_scale", todo="load it with biomedclip.load")
+    value = float(scale.detach().exp())
+    if not np.isfinite(value):
+        raise CheckpointError(type(model).__name__, "has a logit_scale that is not finite", found=value)
+    return value
+
+
+def _read_row() -> ReadImage:
+    from biomedclip.layouts import read_rgb
+
+    return read_rgb
+
+
+class _Rows:
+    """Row index to (row, tensor or Drop), for torch's DataLoader."""
+
+    def __init__(self, manifest: Manifest, read: ReadImage, preprocess: Callable[[Any], Any]) -> None:
+        self.manifest, self.read, self.preprocess = manifest, read, preprocess
+
+    def __len__(self) -> int:
+        return len(self.manifest.rows)
+
+    def __getitem__(self, index: int) -> tuple[LabelledImage, Any]:
+        row = self.manifest.rows[index]
+        try:
+            return row, self.preprocess(self.read(self.manifest, row))
+        except (DataError, OSError) as error:
+            return row, Drop(
+                source=self.manifest.name, item=row.sample_id, reason="unreadable_image", detail=str(error)[:200]
+            )
+
+
+def _batches(
+    manifest: Manifest, read: ReadImage, preprocess: Callable[[Any], Any], batch_size: int, workers: int
+) -> Iterator[list[tuple[LabelledImage, Any]]]:
+    rows = _Rows(manifest, read, preprocess)
+    if workers == 0:
+        for start in range(0, len(rows), batch_size):
+            yield [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        return
+    from torch.utils.data import DataLoader
+
+    yield from DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+
+
+def _encode_images(model: torch.nn.Module, images: list[Any], device: str) -> NDArray[np.float32]:
+    import torch
+
+    with torch.inference_mode(), _evaluating(model):
+        batch = torch.stack(images).to(device)
+        return _unit(model.encode_image(batch, normalize=True))  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout and batch norm as in use, and afterwards as they were: callers may be in the middle of training."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _unit(vectors: torch.Tensor) -> NDArray[np.float32]:
+    """Length 1 in float32: half precision leaves lengths off by 1e-3, which reorders close scores."""
+    wide = vectors.float()
+    return (wide / wide.norm(dim=-1, keepdim=True)).cpu().numpy()
+
+
+def _check_finite(vectors: NDArray[np.float32], names: Sequence[str], where: str) -> None:
+    bad = [names[i] for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1))]
+    if bad:
+        raise DataError(
+            where, f"{len(bad)} embedding(s) of a batch are not finite", found=", ".join(bad[:5]),
+            todo="check the weights and the precision of the model",
+        )  # fmt: skip
+
+
+def _check_excluded(drops: Sequence[Drop], manifest: Manifest, max_excluded: float) -> None:
+    if len(drops) > max_excluded * len(manifest.rows):
+        raise DataError(
+            manifest.name, f"{len(drops)} of {len(manifest.rows)} images cannot be read, more than {max_excluded:.2%}",
+            found=f"{drops[0].item}: {drops[0].detail}", todo="repair them or raise max_excluded",
+        )  # fmt: skip
+
+
+def _write_cache(path: Path, result: ImageEmbeddings) -> None:
+    with write_atomic(path) as file:
+        np.savez(
+            file, sample_ids=np.asarray(result.sample_ids, dtype=np.str_), vectors=result.vectors,
+            drops=np.asarray([json.dumps(asdict(drop)) for drop in result.drops], dtype=np.str_),
+        )  # fmt: skip
+
+
+def _read_cache(path: Path) -> ImageEmbeddings | None:
+    """The cached embeddings; None where there are none, or a foreign file stands in their place."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            drops = tuple(Drop(**json.loads(text)) for text in file["drops"].tolist())
+            ids = tuple(file["sample_ids"].tolist())
+            return ImageEmbeddings(sample_ids=ids, vectors=file["vectors"], drops=drops, cached=True)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

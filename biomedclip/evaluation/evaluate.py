@@ -1,0 +1,316 @@
+"""One model on a list of tasks: manifests in, one result file and one score file per task out.
+
+Everything that can be wrong without a model (tasks, folders, splits, classes, counts, prompts) is checked for all
+tasks before the weights are loaded; then each task is embedded, scored and written before the next begins, so a
+failure keeps what is finished. Nothing is tuned anywhere in here: the split that is scored is the one the task names,
+and thresholds, temperatures or prompt sets are never chosen by looking at it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biomedclip.errors import ConfigError, DataError
+from biomedclip.evaluation.config import EvaluateConfig
+from biomedclip.evaluation.embed import ImageEmbeddings, embed_images, embed_texts, fingerprint, logit_scale_of
+from biomedclip.evaluation.prompts import check_distinct, compile_prompts, list_warnings
+from biomedclip.evaluation.results import TaskResult, write_result
+from biomedclip.evaluation.retrieval import caption_ids, rank_candidates
+from biomedclip.evaluation.scores import ClassScores, RankScores, hash_scores, measure
+from biomedclip.evaluation.tasks import Task, find_task
+from biomedclip.evaluation.zero_shot import score_classes
+from biomedclip.files import sha256_json
+from biomedclip.progress import Progress, silent
+from biomedclip.runs import git_commit, versions
+from biomedclip.schema import LabelledImage, Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+_NUM_EXAMPLES = 12
+_LISTED_EXCLUSIONS = 50
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded model with what a result must say about it."""
+
+    name: str
+    model: torch.nn.Module
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    device: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """Exponentiated."""
+        return logit_scale_of(self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A task with its data checked and its prompts written out."""
+
+    task: Task
+    manifest: Manifest
+    prompt_set: str
+    prompts: dict[str, list[str]]
+    warnings: list[str]
+
+
+def evaluate(
+    config: EvaluateConfig,
+    out: str | Path,
+    *,
+    model: tuple[Any, Any, Any] | None = None,
+    progress: Progress | None = None,
+) -> list[TaskResult]:
+    """Results in the order of `config.tasks`, each also written under `out`.
+
+    `model` is `(model, preprocess, tokenizer)` where it is loaded already, else `config.model` is loaded. Raises
+    ConfigError for an unknown task or prompt set or a missing data folder, DataError for data that is not what the
+    task expects.
+    """
+    plans = [plan_task(name, config) for name in config.tasks]
+    encoder = _load(config, model)
+    for plan in plans:
+        if plan.prompts:
+            check_distinct(plan.prompts, encoder.tokenizer, f"task {plan.task.name}")
+    return [_run(plan, encoder, config, out, progress or silent) for plan in plans]
+
+
+def plan_task(name: str, config: EvaluateConfig) -> _Plan:
+    """The task with data and prompts, checked without a model."""
+    task = find_task(name)
+    if name not in config.data:
+        raise ConfigError(f"data.{name}", "is missing", todo=f"say where its data lies: --set data.{name}=FOLDER")
+    root = Path(config.data[name])
+    if not root.exists():
+        raise ConfigError(f"data.{name}", "there is no such file or folder", found=config.data[name])
+    manifest = read_split(task, root)
+    warnings = check_counts(task, manifest)
+    prompt_set = config.prompt_sets.get(name, "default")
+    prompts = compile_prompts(task, prompt_set) if task.kind == "zero_shot" else {}
+    return _Plan(task, manifest, prompt_set, prompts, warnings + list_warnings(prompts))
+
+
+def read_split(task: Task, root: str | Path) -> Manifest:
+    """The manifest of the task's split, with a hash of its own. Raises DataError where the split is empty."""
+    from biomedclip.layouts import read_manifest
+
+    options = {key: value for key, value in task.layout.items() if key != "type"}
+    whole = read_manifest(task.layout["type"], root, name=task.name, **options)
+    return select_split(whole, task)
+
+
+def select_split(manifest: Manifest, task: Task) -> Manifest:
+    """The rows of the task's split. Raises DataError where there are none, or not what the task asks about."""
+    rows = tuple(row for row in manifest.rows if row.split == task.split)
+    if not rows:
+        found = ", ".join(sorted({str(row.split) for row in manifest.rows})) or "no rows"
+        raise DataError(manifest.root, f"has nothing in split '{task.split}'", found=found, todo="check data and split")
+    if task.kind == "zero_shot":
+        _check_labels(task, rows, manifest.root)
+    elif missing := [row.sample_id for row in rows if not (row.text or "").strip()]:
+        raise DataError(manifest.root, f"{len(missing)} images have no caption", found=", ".join(missing[:3]))
+    if repeated := [i for i, times in Counter(row.sample_id for row in rows).items() if times > 1]:
+        raise DataError(manifest.root, "sample ids occur twice", found=", ".join(repeated[:3]))
+    hashed = sha256_json([manifest.sha256, task.split, [row.sample_id for row in rows]])
+    return replace(manifest, name=task.name, rows=rows, sha256=hashed)
+
+
+def _check_labels(task: Task, rows: Sequence[LabelledImage], root: str) -> None:
+    known = {entry.label for entry in task.classes}
+    for row in rows:
+        if len(row.labels) != 1 or row.labels[0] not in known:
+            raise DataError(
+                f"{root}: {row.sample_id}", f"needs one label of {', '.join(sorted(known))}",
+                found=", ".join(row.labels) or "none",
+            )  # fmt: skip
+    absent = known - {row.labels[0] for row in rows}
+    if absent:
+        raise DataError(
+            root, f"split '{task.split}' has no image of {', '.join(sorted(absent))}",
+            todo="check the folder; metrics over classes that are not there would mean something else",
+        )  # fmt: skip
+
+
+def check_counts(task: Task, manifest: Manifest) -> list[str]:
+    """Warnings about counts that the task allows. Raises DataError for those it does not."""
+    counts: Counter[str] = Counter(label for row in manifest.rows for label in row.labels)
+    expected = dict(task.expect.classes) or ({"samples": task.expect.n} if task.expect.n else {})
+    found = {key: counts[key] if task.expect.classes else len(manifest.rows) for key in expected}
+    if found == expected:
+        return []
+    text = ", ".join(f"{key} {found[key]} of {expected[key]}" for key in expected)
+    if not task.expect.subset or any(found[key] > expected[key] for key in expected):
+        raise DataError(manifest.root, f"split '{task.split}' of {task.name} has other counts than expected",
+                        found=text, todo="check that the data is complete")  # fmt: skip
+    return [f"a part of the split: {text}; not comparable with results on all of it"]
+
+
+def _load(config: EvaluateConfig, model: tuple[Any, Any, Any] | None) -> Encoder:
+    import torch
+
+    if model is None:
+        from biomedclip.models.load import load
+
+        model = load(config.model)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda is not available here", todo="--set device=cpu")
+    net, preprocess, tokenizer = model
+    return Encoder(config.model_name or config.model, net.to(device), preprocess, tokenizer, device)
+
+
+def _run(plan: _Plan, encoder: Encoder, config: EvaluateConfig, out: str | Path, progress: Progress) -> TaskResult:
+    task = plan.task
+    images = embed_images(
+        encoder.model, encoder.preprocess, plan.manifest, batch_size=config.batch_size, workers=config.workers,
+        device=encoder.device, max_excluded=config.max_excluded, cache=config.cache,
+        model_hash=encoder.fingerprint, progress=progress,
+    )  # fmt: skip
+    readable = dict(zip(images.sample_ids, images.vectors, strict=True))
+    rows = [row for row in plan.manifest.rows if row.sample_id in readable]
+    score = score_zero_shot if task.kind == "zero_shot" else score_retrieval
+    scores = score(plan, rows, images.vectors, encoder)
+    with progress(f"scoring {task.name}", None):
+        facts = measure(
+            scores, task.metrics.names, by=task.bootstrap.by, resamples=config.bootstrap.n,
+            level=config.bootstrap.level, seed=config.seed,
+        )  # fmt: skip
+    record = _describe(plan, images, rows, encoder, config) | facts | {"scores_sha256": hash_scores(scores)}
+    if isinstance(scores, RankScores):
+        record["examples"] = _examples(scores, rows)
+    return write_result(out, record, scores)
+
+
+def score_zero_shot(
+    plan: _Plan, rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder
+) -> ClassScores:
+    """Cosines of every image with every class."""
+    labels = list(plan.prompts)
+    flat = [sentence for label in labels for sentence in plan.prompts[label]]
+    vectors = embed_texts(encoder.model, encoder.tokenizer, flat, device=encoder.device)
+    ends = np.cumsum([len(plan.prompts[label]) for label in labels])
+    parts = np.split(vectors, ends[:-1])
+    return ClassScores(
+        sample_ids=tuple(row.sample_id for row in rows),
+        group_ids=group_ids(rows),
+        classes=tuple(labels),
+        y=np.asarray([labels.index(row.labels[0]) for row in rows], dtype=np.int64),
+        cosines=score_classes(images, parts, plan.task.ensemble, encoder.logit_scale),
+        logit_scale=encoder.logit_scale,
+    )
+
+
+def score_retrieval(
+    plan: _Plan, rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder
+) -> RankScores:
+    """Ranks in both directions; captions that read the same are right answers to each other's images."""
+    captions = [str(row.text) for row in rows]
+    ids = caption_ids(captions)
+    # Equal captions are embedded once: the same words in another batch may differ in the last bit, and then not tie.
+    _, first = np.unique(ids, return_index=True)
+    unique = [captions[position] for position in first]
+    texts = embed_texts(encoder.model, encoder.tokenizer, unique, device=encoder.device)[ids]
+    to_text = rank_candidates(images, texts, ids, ids)
+    to_image = rank_candidates(texts, images, ids, ids)
+    return RankScores(
+        sample_ids=tuple(row.sample_id for row in rows),
+        group_ids=group_ids(rows),
+        caption_ids=ids,
+        image_to_text=to_text.ranks,
+        text_to_image=to_image.ranks,
+        image_to_text_top=to_text.top,
+        text_to_image_top=to_image.top,
+        cosines=np.einsum("nd,nd->n", images, texts).astype(np.float32),
+        logit_scale=encoder.logit_scale,
+    )
+
+
+def group_ids(rows: Sequence[LabelledImage]) -> tuple[str, ...] | None:
+    """Group of each row, its own id where it has none; None where no row has one."""
+    if all(row.group_id is None for row in rows):
+        return None
+    return tuple(row.group_id if row.group_id is not None else f"sample:{row.sample_id}" for row in rows)
+
+
+def _describe(
+    plan: _Plan, images: ImageEmbeddings, rows: Sequence[LabelledImage], encoder: Encoder, config: EvaluateConfig
+) -> dict[str, Any]:
+    """The part of the record that says what was measured, on what and with what."""
+    task, groups = plan.task, group_ids(rows)
+    drops = [*plan.manifest.drops, *images.drops]
+    counts = Counter(row.labels[0] for row in rows) if task.classes else Counter()
+    return {
+        "task": task.name,
+        "suite": task.suite,
+        "title": task.title,
+        "kind": task.kind,
+        "primary": task.metrics.primary,
+        "model": {
+            "name": encoder.name,
+            "fingerprint": encoder.fingerprint,
+            "preprocess": repr(encoder.preprocess),
+            "logit_scale": encoder.logit_scale,
+            "precision": "float32",
+        },
+        "dataset": {
+            "split": task.split,
+            "n": len(rows),
+            "classes": [entry.label for entry in task.classes],
+            "class_counts": [counts[entry.label] for entry in task.classes],
+            "n_groups": len(set(groups)) if groups else None,
+            "group": task.group,
+            "manifest_sha256": plan.manifest.sha256,
+            "licence": task.licence,
+            "citation": task.citation,
+            "contamination": task.contamination,
+            "excluded": {
+                "n": len(drops),
+                "by_reason": dict(sorted(Counter(drop.reason for drop in drops).items())),
+                "listed": [asdict(drop) for drop in drops[:_LISTED_EXCLUSIONS]],
+            },
+        },
+        "prompt_set": plan.prompt_set if plan.prompts else None,
+        "prompt_source": task.prompt_sets[plan.prompt_set].source if plan.prompts else None,
+        "prompts": plan.prompts,
+        "ensemble": task.ensemble.model_dump() if plan.prompts else None,
+        "selection": {"split": task.select_split, "hparams": {}},
+        "seed": config.seed,
+        "warnings": plan.warnings,
+        "code": {"git": git_commit()},
+        "versions": versions(),
+    }
+
+
+def _examples(scores: RankScores, rows: Sequence[LabelledImage]) -> list[dict[str, Any]]:
+    """Queries spread evenly over the set, not picked: image, its caption, the caption the model put first."""
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(_NUM_EXAMPLES, len(rows))).round().astype(int))
+    return [
+        {
+            "sample_id": rows[i].sample_id,
+            "caption": rows[i].text,
+            "top_sample_id": rows[scores.image_to_text_top[i]].sample_id,
+            "top_caption": rows[scores.image_to_text_top[i]].text,
+            "hit": bool(scores.caption_ids[scores.image_to_text_top[i]] == scores.caption_ids[i]),
+            "rank": float(scores.image_to_text[i]),
+        }
+        for i in chosen
+    ]

@@ -1,0 +1,144 @@
+"""The report: results before and after as one HTML file that needs nothing but a browser.
+
+Reads result records, the run folder and the dataset folders; writes a page without script, font, style sheet or
+picture from outside (its own Content-Security-Policy forbids them), so it opens offline, by mail and in ten years.
+`sections.py` writes the parts, `charts.py` draws, `gallery.py` brings the pictures. `summarise` gives the same numbers
+for programs, `results_table` and `summary_table` for terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from biomedclip import __version__
+from biomedclip.evaluation.gallery import SampleFigure, choose_figures
+from biomedclip.evaluation.results import TaskResult
+from biomedclip.evaluation.sections import (
+    LIMITS,
+    SHOWN_METRICS,
+    Record,
+    chance_of,
+    count_ledgers,
+    interval_text,
+    round_value,
+    to_text,
+    write_appendix,
+    write_confusions,
+    write_funnels,
+    write_gallery,
+    write_header,
+    write_headline,
+    write_learning,
+    write_limits,
+    write_retrieved,
+    write_tiles,
+)
+from biomedclip.files import write_text
+from biomedclip.shards import DatasetFolder
+
+
+def write_report(
+    path: str | Path,
+    *,
+    after: Sequence[TaskResult],
+    before: Sequence[TaskResult] = (),
+    title: str = "What the model learned",
+    lede: str = "",
+    run: str | Path | None = None,
+    datasets: Sequence[DatasetFolder] = (),
+    figures: Sequence[SampleFigure] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the page and return its path.
+
+    `run` is the folder of the training run (loss curve, config, seed, versions); `figures` are chosen from `datasets`
+    by seed where not given; `facts` are further short lines under the title. Raises DataError where a ledger does not
+    add up, because a funnel that leaks must not be shown.
+    """
+    after_by, before_by = _by_task(after), _by_task(before)
+    if figures is None:
+        figures = [figure for dataset in datasets for figure in choose_figures(dataset, 6 if dataset.articles else 3)]
+    sections = [
+        write_header(title, lede, run, after, facts or {}),
+        write_tiles(before_by, after_by),
+        write_headline(before_by, after_by),
+        write_learning(run),
+        write_confusions(before_by, after_by),
+        write_retrieved(after_by, datasets),
+        write_gallery(figures),
+        write_funnels(datasets),
+        write_limits(after),
+        write_appendix(before_by, after_by, datasets, run),
+    ]
+    style = (resources.files("biomedclip.evaluation") / "report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="biomedclip {escape(__version__)}">\n'
+        f"<title>{to_text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n<footer>Written by biomedclip {to_text(__version__)}. {to_text(LIMITS[0])}</footer>\n</body>\n</html>\n"
+    )
+    write_text(path, page)
+    return Path(path)
+
+
+def summarise(
+    before: Sequence[TaskResult], after: Sequence[TaskResult], datasets: Sequence[DatasetFolder] = ()
+) -> dict[str, Any]:
+    """`tasks.<name>.{before,after}.<metric>.{value,ci_low,ci_high,n}` and `ledger.{seen,kept,dropped}`."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for stage, results in (("before", before), ("after", after)):
+        for result in results:
+            tasks.setdefault(result.task, {})[stage] = {
+                name: {key: result.metrics[name][key] for key in ("value", "ci_low", "ci_high", "n")}
+                for name in SHOWN_METRICS[result.record["kind"]]
+                if name in result.metrics
+            }
+    return {"tasks": tasks, "ledger": count_ledgers(datasets)}
+
+
+def results_table(results: Sequence[TaskResult]) -> str:
+    """Results as aligned plain text, one row a shown metric."""
+    rows = [("task", "metric", "value", "95 % interval", "chance", "n")]
+    for result in results:
+        for name in SHOWN_METRICS[result.record["kind"]]:
+            if name in result.metrics:
+                entry, chance = result.metrics[name], chance_of(result.record, name)
+                rows.append((result.task, name, round_value(entry["value"]), interval_text(entry), round_value(chance),
+                             str(entry["n"])))  # fmt: skip
+    return _align(rows)
+
+
+def summary_table(summary: Record) -> str:
+    """What `summarise` returned as aligned plain text: before and after with intervals."""
+    rows = [("task", "metric", "before", "", "after", "", "n")]
+    for task, stages in summary["tasks"].items():
+        for name, entry in stages.get("after", {}).items():
+            old = stages.get("before", {}).get(name)
+            first = (round_value(old["value"]), interval_text(old)) if old else ("", "")
+            rows.append((task, name, *first, round_value(entry["value"]), interval_text(entry), str(entry["n"])))
+    ledger = summary["ledger"]
+    line = f"{ledger['seen']:,} figures and images seen = {ledger['kept']:,} kept + {ledger['dropped']:,} dropped"
+    return f"{_align(rows)}\n\n{line}"
+
+
+def _by_task(results: Iterable[TaskResult]) -> dict[str, Record]:
+    return {result.task: result.record for result in results}
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = 2  # task and metric; numbers are set to the right
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

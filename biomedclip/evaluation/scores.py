@@ -1,0 +1,250 @@
+"""Scores of one model on one task: what is stored per sample, and every number computed from it.
+
+`ClassScores` and `RankScores` hold what the model said about each sample: raw float32 cosines, or retrieval ranks,
+with sample and group ids. They are written to one npz a task, and `measure` turns them into metrics with intervals,
+baselines and tables, without the model: a new metric, another interval or a plot needs no second inference.
+Two-class probabilities use the model's own logit scale, so calibration here is the model's, not a fitted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biomedclip.errors import DataError
+from biomedclip.evaluation import metrics
+from biomedclip.evaluation.retrieval import chance_recall, chance_reciprocal_rank
+from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap
+from biomedclip.files import write_atomic
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassScores:
+    """Scores of a single-label classification task."""
+
+    sample_ids: tuple[str, ...]
+    group_ids: tuple[str, ...] | None
+    classes: tuple[str, ...]
+    y: NDArray[np.int64]
+    """(N,) index into classes."""
+    cosines: NDArray[np.float32]
+    """(N, C), before any temperature."""
+    logit_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankScores:
+    """Ranks of an image-text retrieval task, one pair a row; both directions."""
+
+    sample_ids: tuple[str, ...]
+    group_ids: tuple[str, ...] | None
+    caption_ids: NDArray[np.int64]
+    """(N,) equal where captions read the same, which makes each other's images right answers."""
+    image_to_text: NDArray[np.float64]
+    text_to_image: NDArray[np.float64]
+    image_to_text_top: NDArray[np.int64]
+    """(N,) row whose caption came first."""
+    text_to_image_top: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+    """(N,) of each image with its own caption."""
+    logit_scale: float
+
+
+Scores = ClassScores | RankScores
+
+
+def write_scores(path: str | Path, scores: Scores) -> str:
+    """Write the npz, whole or not at all; returns the content's hash (see `hash_scores`)."""
+    with write_atomic(path) as file:
+        np.savez_compressed(file, **_arrays(scores))  # type: ignore[arg-type]
+    return hash_scores(scores)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Scores written by `write_scores`. Raises DataError for anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if int(arrays["format"]) != FORMAT_VERSION:
+            raise DataError(path, f"is not of format {FORMAT_VERSION}", found=int(arrays["format"]))
+        groups = arrays["group_ids"]
+        facts: dict[str, Any] = {
+            "sample_ids": tuple(arrays["sample_ids"].tolist()),
+            "group_ids": tuple(groups.tolist()) if groups.size else None,
+            "logit_scale": float(arrays["logit_scale"]),
+            "cosines": arrays["cosines"],
+        }
+        if "classes" in arrays:
+            return ClassScores(classes=tuple(arrays["classes"].tolist()), y=arrays["y"], **facts)
+        names = ("caption_ids", "image_to_text", "text_to_image", "image_to_text_top", "text_to_image_top")
+        return RankScores(**{name: arrays[name] for name in names}, **facts)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(path, "holds no scores", found=str(error)[:80], todo="evaluate the task again") from None
+
+
+def hash_scores(scores: Scores) -> str:
+    """Hex sha256 of names, shapes and bytes of the arrays: equal scores, equal hash, whatever the zip says."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_arrays(scores).items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _arrays(scores: Scores) -> dict[str, NDArray[Any]]:
+    values: dict[str, Any] = {name: getattr(scores, name) for name in type(scores).__dataclass_fields__}
+    values["group_ids"] = scores.group_ids or ()
+    text = ("sample_ids", "group_ids", "classes")
+    arrays = {k: np.asarray(v, dtype=np.str_ if k in text else None) for k, v in values.items()}
+    return {"format": np.asarray(FORMAT_VERSION), **arrays}
+
+
+def statistics_of(scores: Scores, names: tuple[str, ...]) -> dict[str, Statistic]:
+    """Each metric as a function of sample counts (statistics.py), in the order asked for."""
+    table = _class_statistics(scores) if isinstance(scores, ClassScores) else _rank_statistics(scores)
+    return {name: table[name] for name in names}
+
+
+def _class_statistics(scores: ClassScores) -> dict[str, Statistic]:
+    y, cosines, num_classes = scores.y, scores.cosines, len(scores.classes)
+    predicted = predict(scores)
+    logits = scores.logit_scale * cosines.astype(np.float64)
+    probabilities = metrics.softmax(logits)
+
+    def of_table(metric: Callable[[ArrayLike], Any]) -> Statistic:
+        return lambda w: metric(metrics.confusion(y, predicted, num_classes, w))
+
+    return {
+        "accuracy": lambda w: metrics.accuracy(y, predicted, w),
+        "balanced_accuracy": of_table(metrics.balanced_accuracy),
+        "macro_f1": of_table(metrics.macro_f1),
+        "mcc": of_table(metrics.mcc),
+        "kappa": of_table(metrics.kappa),
+        "auroc": lambda w: metrics.macro_auroc(y, cosines, w),
+        "auprc": lambda w: metrics.macro_average_precision(y, cosines, w),
+        "ece": lambda w: metrics.calibration_error(y, probabilities, w),
+        "brier": lambda w: metrics.brier(y, probabilities, w),
+        "nll": lambda w: metrics.negative_log_likelihood(y, logits, w),
+    }
+
+
+def _rank_statistics(scores: RankScores) -> dict[str, Statistic]:
+    table: dict[str, Statistic] = {}
+    for direction in ("image_to_text", "text_to_image"):
+        ranks = getattr(scores, direction)
+        for k in (1, 5, 10):
+            table[f"{direction}/recall@{k}"] = lambda w, r=ranks, k=k: metrics.recall_at(r, k, w)  # type: ignore[misc]
+        table[f"{direction}/mrr"] = lambda w, r=ranks: metrics.mean_reciprocal_rank(r, w)  # type: ignore[misc]
+        table[f"{direction}/median_rank"] = lambda w, r=ranks: metrics.median_rank(r, w)  # type: ignore[misc]
+    return table
+
+
+def predict(scores: ClassScores) -> NDArray[np.int64]:
+    """(N,) class of the largest cosine; the first class wins an exact tie, and `measure` counts the ties."""
+    return scores.cosines.argmax(1).astype(np.int64)
+
+
+def measure(
+    scores: Scores,
+    names: tuple[str, ...],
+    *,
+    by: str = "group",
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The part of a result that follows from scores alone, ready for JSON.
+
+    `metrics.<name>`: value, ci_low, ci_high, ci_method, n, n_boot, redrawn, and `reason` where one of them is null
+    because it is undefined. `baselines`: what a random and a majority guess would get. Classification adds
+    `confusion`, `per_class` and `ties`. `by` is `group`, `class` or `sample`; without group ids `group` becomes
+    `class`.
+    """
+    groups = scores.group_ids if by == "group" else None
+    y = scores.y if isinstance(scores, ClassScores) and by != "sample" else None
+    resampler = Resampler(len(scores.sample_ids), y=y, groups=groups, resamples=resamples, seed=seed)
+    statistics = statistics_of(scores, names)
+    intervals = bootstrap(statistics, resampler, level=level)
+    num_classes = len(scores.classes) if isinstance(scores, ClassScores) else 0
+    undefined = metrics.explain_undefined(scores.y, num_classes) if isinstance(scores, ClassScores) else "no samples"
+    facts: dict[str, Any] = {
+        "metrics": {
+            name: _entry(float(statistic(None)), intervals[name], len(scores.sample_ids), undefined)
+            for name, statistic in statistics.items()
+        }
+    }
+    if isinstance(scores, ClassScores):
+        return facts | _class_tables(scores)
+    return facts | {"baselines": {"random": _random_ranks(scores, names)}}
+
+
+def _entry(value: float, interval: Interval, n: int, undefined: str | None) -> dict[str, Any]:
+    reason = (undefined or "undefined") if np.isnan(value) else interval.reason
+    return {
+        "value": _number(value),
+        "ci_low": _number(interval.low),
+        "ci_high": _number(interval.high),
+        "ci_level": interval.level,
+        "ci_method": interval.method,
+        "n": n,
+        "n_boot": interval.resamples,
+        "redrawn": interval.redrawn,
+        **({"reason": reason} if reason else {}),
+    }
+
+
+def _class_tables(scores: ClassScores) -> dict[str, Any]:
+    num_classes = len(scores.classes)
+    table = metrics.confusion(scores.y, predict(scores), num_classes)
+    support = table.sum(1)
+    present = int((support > 0).sum())
+    share = support / max(1.0, support.sum())
+    recalls = metrics.recall_per_class(table)
+    areas = metrics.auroc_per_class(scores.y, scores.cosines)
+    best = np.sort(scores.cosines, axis=1)
+    majority = float(share.max(initial=0))
+    return {
+        "confusion": table.astype(int).tolist(),
+        "per_class": [
+            {"class": name, "support": int(support[c]), "recall": _number(recalls[c]), "auroc": _number(areas[c])}
+            for c, name in enumerate(scores.classes)
+        ],
+        "ties": int((best[:, -1] == best[:, -2]).sum()) if len(best) else 0,
+        "baselines": {
+            "random": {"accuracy": 1 / num_classes, "balanced_accuracy": 1 / num_classes, "auroc": 0.5},
+            "majority": {
+                "accuracy": majority, "balanced_accuracy": 1 / present if present else None, "auroc": 0.5,
+            },
+        },
+    }  # fmt: skip
+
+
+def _random_ranks(scores: RankScores, names: tuple[str, ...]) -> dict[str, float | None]:
+    total = len(scores.sample_ids)
+    _, inverse, counts = np.unique(scores.caption_ids, return_inverse=True, return_counts=True)
+    baselines: dict[str, float | None] = {}
+    for name in names:
+        metric = name.split("/")[1]
+        if metric.startswith("recall@"):
+            baselines[name] = _number(chance_recall(total, counts[inverse], int(metric.removeprefix("recall@"))))
+        elif metric == "mrr" and len(counts) == total:
+            baselines[name] = _number(chance_reciprocal_rank(total))
+        elif metric == "median_rank" and len(counts) == total:
+            baselines[name] = (total + 1) / 2
+    return baselines
+
+
+def _number(value: float) -> float | None:
+    """A JSON number; None where it is undefined."""
+    return None if np.isnan(value) else float(value)

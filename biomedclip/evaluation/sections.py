@@ -1,0 +1,440 @@
+"""Sections of the report as HTML text, one function each, in reading order.
+
+Reads result records, run and dataset folders; yields HTML. Numbers are never typed: each stands in a
+`<data value="…">` element that holds the very number of the JSON record while its text is rounded. Captions, titles,
+reasons and names come from strangers and pass through `to_text` without exception.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from biomedclip import __version__
+from biomedclip.errors import DataError
+from biomedclip.evaluation.charts import collect_curves, draw_funnel, draw_interval, draw_lines
+from biomedclip.evaluation.gallery import SampleFigure, article_link, find_thumbnails, thumbnail
+from biomedclip.evaluation.results import TaskResult
+from biomedclip.runs import CONFIG, DONE, read_facts, read_metrics
+from biomedclip.shards import DatasetFolder
+
+Record = Mapping[str, Any]
+
+SHOWN_METRICS = {
+    "zero_shot": ("balanced_accuracy", "auroc", "accuracy"),
+    "retrieval": tuple(f"{way}/recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+}
+"""Metrics of the headline table and of `report.summarise`; all others are in the appendix."""
+
+_NAMES = {
+    "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc": "AUROC", "auprc": "AUPRC",
+    "macro_f1": "macro F1", "mcc": "MCC", "kappa": "Cohen's κ", "ece": "calibration error (ECE)",
+    "brier": "Brier score", "nll": "negative log-likelihood",
+}  # fmt: skip
+_MAX_CREDITS = 200
+LIMITS = (
+    "For research only; not for clinical use. No number here says that a model is safe or useful for patients.",
+    "Intervals say how far a figure would move with other samples of the same kind. They do not cover another "
+    "hospital, scanner, stain or population, nor another random start of the training.",
+    "Small test sets give wide intervals: read the interval, not the middle of it.",
+)
+
+
+def count_ledgers(datasets: Iterable[DatasetFolder]) -> dict[str, int]:
+    """{seen, kept, dropped} over datasets. Raises DataError where they do not add up."""
+    total = {"seen": 0, "kept": 0, "dropped": 0}
+    for dataset in datasets:
+        ledger = dataset.manifest["ledger"]
+        dropped = sum(ledger["dropped"].values())
+        if ledger["seen"] != ledger["kept"] + dropped:
+            raise DataError(
+                dataset.folder, "its ledger does not add up",
+                found=f"{ledger['seen']} seen, {ledger['kept']} kept, {dropped} dropped", todo="build it again",
+            )  # fmt: skip
+        for key, value in (("seen", ledger["seen"]), ("kept", ledger["kept"]), ("dropped", dropped)):
+            total[key] += value
+    return total
+
+
+def write_header(
+    title: str, lede: str, run: str | Path | None, results: Sequence[TaskResult], extra: Mapping[str, str]
+) -> str:
+    """Title and the facts of the run."""
+    facts: dict[str, str] = {}
+    about = (read_facts(run) if run else None) or {}
+    if about:
+        facts["trained"] = str(about.get("started", ""))[:10]
+        facts["seed"] = str(about.get("seed"))
+        facts["commit"] = str(about.get("git_commit") or "")[:10]
+        facts["machine"] = f"{about.get('machine', {}).get('cpus', '?')} CPU threads"
+    done = _read_json(Path(run) / DONE) if run else {}
+    if "seconds" in done:
+        facts["training time"] = _duration(float(done["seconds"]))
+    if results:
+        record = results[0].record
+        facts["weights"] = str(record["model"]["fingerprint"]).removeprefix("sha256:")[:10]
+        facts["biomedclip"] = str(record["versions"].get("biomedclip", __version__))
+        facts["torch"] = str(record["versions"].get("torch", ""))
+    facts |= extra
+    items = "".join(f"<div><dt>{to_text(k)}</dt><dd>{to_text(v)}</dd></div>" for k, v in facts.items() if v)
+    text = f'<p class="lede">{to_text(lede)}</p>' if lede else ""
+    return f'<header>\n<h1>{to_text(title)}</h1>{text}\n<dl class="facts">{items}</dl>\n</header>'
+
+
+def write_tiles(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
+    """One tile a task: the primary metric in large type."""
+    tiles = []
+    for task, record in after.items():
+        name = record["primary"]
+        entry, old = record["metrics"][name], before.get(task, {}).get("metrics", {}).get(name)
+        chance = chance_of(record, name)
+        facts = [f"before {_data(old['value'], task, 'before', name)}"] if old else []
+        facts += [f"chance {round_value(chance)}"] if chance is not None else []
+        tiles.append(
+            f'<section class="tile"><h2>{to_text(record["title"])}</h2>'
+            f'<div class="value">{_data(entry["value"], task, "after", name)}</div>'
+            f'<div class="metric">{to_text(_metric_name(name))} on {entry["n"]:,} held-out '
+            f"{'images' if record['kind'] == 'zero_shot' else 'pairs'}</div>"
+            f'<div class="from">95 % interval {interval_text(entry)}<br>{" · ".join(facts)}</div></section>'
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def write_headline(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
+    """The before/after table, each row with its picture."""
+    rows = []
+    for task, record in after.items():
+        data = record["dataset"]
+        groups = f", {data['n_groups']:,} groups (by {data['group']})" if data["n_groups"] else ""
+        count = f"{data['n']:,} samples of the {data['split']} split{groups}"
+        rows.append(f'<tr class="task"><th colspan="6">{to_text(record["title"])}<span>{to_text(count)}</span></th></tr>')
+        names = [name for name in SHOWN_METRICS[record["kind"]] if name in record["metrics"]]
+        old = before.get(task, {}).get("metrics", {})
+        for name in names:
+            entry, chance = record["metrics"][name], chance_of(record, name)
+            css = ' class="primary"' if name == record["primary"] else ""
+            first = f'<td class="number">{_measured(old[name], task, "before", name)}</td>' if name in old else ""
+            rows.append(
+                f"<tr{css}><td>{to_text(_metric_name(name))}</td>{first if before else ''}"
+                f'<td class="number">{_measured(entry, task, "after", name)}</td>'
+                f'<td class="picture">{draw_interval(old.get(name), entry, chance)}</td>"
+                f'<td class="number">{round_value(chance)}</td><td class="number">{entry["n"]:,}</td></tr>'
+            )
+    stages = ("before", "after") if before else ("value",)
+    head = "".join(f'<th class="number">{stage}, 95 % interval</th>' for stage in stages)
+    key = (
+        '<p><span class="key"><svg width="12" height="12"><circle class="dot before" cx="6" cy="6" r="4.5"/></svg>'
+        'before</span><span class="key"><svg width="12" height="12"><circle class="dot after" cx="6" cy="6" r="4.5"/>'
+        '</svg>after</span><span class="key"><svg width="12" height="12"><line class="chance" x1="6" x2="6" y1="0" '
+        'y2="12"/></svg>chance</span></p>'
+    )
+    methods = sorted({entry["ci_method"] for record in after.values() for entry in record["metrics"].values()})
+    note = f"Axes run from 0 to 1. Intervals: {', '.join(methods)}; the primary metric of each task is in bold."
+    return (
+        f'<section id="results">\n<h2>Before and after</h2>\n{key if before else ""}<div class="wide"><table>'
+        f'<thead><tr><th>metric</th>{head}<th class="picture">0 to 1</th><th class="number">chance</th><th class="number">n</th></tr>'
+        f'</thead><tbody>{"".join(rows)}</tbody></table></div>\n<p class="note">{to_text(note)}</p>\n</section>'
+    )
+
+
+def write_learning(run: str | Path | None) -> str:
+    """Loss curves of the run; empty without one."""
+    curves = collect_curves(read_metrics(run)) if run else {}
+    # The total says how training went; its terms, where there are any, would crowd the picture.
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if not curves:
+        return ""
+    shown = dict(list(curves.items())[:4])
+    key = "".join(
+        f'<span class="key"><span class="swatch line-{i}"></span>{to_text(name)}</span>' for i, name in enumerate(shown)
+    )
+    first, last = next(iter(shown.values()))[0], next(iter(shown.values()))[-1]
+    note = f"{next(iter(shown))}: {first[1]:.3g} at step {first[0]:,.0f}, {last[1]:.3g} at step {last[0]:,.0f}."
+    return (
+        f'<section id="loss">\n<h2>How it learned</h2>\n<p>{key}</p>\n'
+        f'{draw_lines(shown, x_label="step", y_label="loss")}\n<p class="note">{to_text(note)}</p>\n</section>'
+    )
+
+
+def write_confusions(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
+    """Confusion tables side by side."""
+    blocks = []
+    for task, record in after.items():
+        if "confusion" not in record:
+            continue
+        tables = [
+            _confusion_table(stage, source[task])
+            for stage, source in (("before", before), ("after", after))
+            if task in source and "confusion" in source[task]
+        ]
+        blocks.append(f'<h3>{to_text(record["title"])}</h3><div class="pair">{"".join(tables)}</div>')
+    if not blocks:
+        return ""
+    note = "Rows are true classes, columns predictions; shade and percentage are shares of the row."
+    return (
+        f'<section id="confusion">\n<h2>Where it is right and wrong</h2>\n<p class="note">{note}</p>'
+        f"{''.join(blocks)}\n</section>"
+    )
+
+
+def _confusion_table(stage: str, record: Record) -> str:
+    classes = record["dataset"]["classes"]
+    head = "".join(f'<th scope="col">{to_text(name)}</th>' for name in classes)
+    rows = []
+    for name, counts in zip(classes, record["confusion"], strict=True):
+        cells = []
+        for count in counts:
+            share = count / sum(counts) if sum(counts) else 0.0
+            dark = ' class="dark"' if share > 0.7 else ""
+            cells.append(f'<td{dark} style="--share:{share:.3f}">{count:,}<small>{share:.0%}</small></td>')
+        rows.append(f'<tr><th scope="row">{to_text(name)}</th>{"".join(cells)}</tr>')
+    return (
+        f'<table class="confusion" data-task="{to_text(record["task"])}" data-stage="{stage}"><caption>{stage}</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def write_retrieved(after: Mapping[str, Record], datasets: Sequence[DatasetFolder]) -> str:
+    """Held-out figures with the caption the model put first."""
+    examples = [example for record in after.values() for example in record.get("examples", ())][:8]
+    if not examples:
+        return ""
+    pictures = find_thumbnails(datasets, [example["sample_id"] for example in examples])
+    rows = []
+    for example in examples:
+        picture = pictures.get(example["sample_id"])
+        image = (
+            f'<img alt="" src="{picture}">' if picture else f'<span class="hash">{to_text(example["sample_id"])}</span>'
+        )
+        verdict = '<span class="hit">right</span>' if example["hit"] else '<span class="miss">wrong</span>'
+        rank = f"{example['rank']:g}"
+        rows.append(
+            f'<tr><td>{image}</td><td><div class="clip">{to_text(_shorten(example["caption"]))}</div></td>'
+            f'<td><div class="clip">{to_text(_shorten(example["top_caption"]))}</div></td>'
+            f'<td>{verdict}</td><td class="number">{rank}</td></tr>'
+        )
+    return (
+        '<section id="retrieval">\n<h2>Which caption it would choose</h2>\n<p class="note">Held-out figures spread '
+        "evenly over the set, not picked; rank is the place of the figure's own caption, ties counted half.</p>\n"
+        '<div class="wide"><table class="retrieved"><thead><tr><th>figure</th><th>its caption</th><th>first choice '
+        f'after training</th><th></th><th class="number">rank</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        "</div>\n</section>"
+    )
+
+
+def write_gallery(figures: Sequence[SampleFigure]) -> str:
+    """Sample figures with caption, licence and article."""
+    blocks = []
+    for figure in figures:
+        picture = thumbnail(figure.image)
+        if not picture:
+            continue
+        link = f'<a href="{to_text(figure.link)}" rel="noreferrer">{to_text(figure.link_text)}</a>' if figure.link else ""
+        credit = " ".join(part for part in (figure.authors, figure.year) if part)
+        # Title, author, licence and source: what CC BY asks for.
+        parts = [to_text(part) for part in (_shorten(figure.title, 110), credit, figure.licence) if part]
+        origin = " · ".join([*parts, *([link] if link else [to_text(figure.source)])])
+        blocks.append(
+            f'<figure><img alt="" src="{picture}"><figcaption><div class="text">{to_text(_shorten(figure.caption))}</div>'
+            f'<span class="origin">{origin}</span></figcaption></figure>'
+        )
+    if not blocks:
+        return ""
+    return (
+        '<section id="samples">\n<h2>What it was shown</h2>\n<p class="note">Samples chosen by seed, with the caption '
+        f'the model read.</p>\n<div class="gallery">{"".join(blocks)}</div>\n</section>'
+    )
+
+
+def write_funnels(datasets: Sequence[DatasetFolder]) -> str:
+    """One funnel a dataset: seen, dropped by reason, kept."""
+    if not datasets:
+        return ""
+    total = count_ledgers(datasets)
+    blocks = []
+    for dataset in datasets:
+        ledger = dataset.manifest["ledger"]
+        dropped = sum(ledger["dropped"].values())
+        sum_line = f"{ledger['seen']:,} seen = {ledger['kept']:,} kept + {dropped:,} dropped"
+        blocks.append(
+            f'<h3>{to_text(dataset.manifest["name"])}</h3><p class="note ledger" data-seen="{ledger["seen"]}" '
+            f'data-kept="{ledger["kept"]}" data-dropped="{dropped}">{sum_line}</p>'
+            f"{draw_funnel(ledger['seen'], ledger['kept'], ledger['dropped'])}"
+        )
+    return (
+        '<section id="ledger">\n<h2>What was kept, and why the rest was not</h2>\n'
+        f"<p>{total['seen']:,} figures and images were seen; {total['kept']:,} became samples and {total['dropped']:,} "
+        f"were dropped, each with a reason in its ledger.</p>\n{''.join(blocks)}\n</section>"
+    )
+
+
+def write_limits(after: Sequence[TaskResult]) -> str:
+    """What the numbers do not say, and every warning of the results."""
+    warnings = [
+        f"{result.record['title']}: {warning}"
+        for result in after
+        for warning in [*result.record["warnings"], result.record["dataset"]["contamination"]]
+    ]
+    for result in after:
+        excluded = result.record["dataset"]["excluded"]
+        if excluded["n"]:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in excluded["by_reason"].items())
+            warnings.append(f"{result.record['title']}: {excluded['n']} excluded ({reasons})")
+    items = "".join(f"<li>{to_text(line)}</li>" for line in (*LIMITS, *warnings))
+    return f'<section id="limits">\n<h2>What this does not show</h2>\n<ul>{items}</ul>\n</section>'
+
+
+def write_appendix(
+    before: Mapping[str, Record], after: Mapping[str, Record], datasets: Sequence[DatasetFolder], run: str | Path | None
+) -> str:
+    """Folded: attribution, all metrics, prompts, provenance, config."""
+    parts = [
+        ("Licences and attribution", _credits(after, datasets)),
+        ("All metrics", _all_metrics(before, after)),
+        ("Prompts", _prompts(after)),
+        ("Models, data and versions", _provenance(before, after)),
+    ]
+    config = Path(run) / CONFIG if run else None
+    if config and config.exists():
+        parts.append(("Config of the training run", f"<pre>{to_text(config.read_text(encoding='utf-8'))}</pre>"))
+    blocks = [f"<details><summary>{name}</summary>{body}</details>" for name, body in parts if body]
+    return f'<section id="appendix">\n<h2>Appendix</h2>\n{"".join(blocks)}\n</section>'
+
+
+def _credits(after: Mapping[str, Record], datasets: Sequence[DatasetFolder]) -> str:
+    rows = [
+        (to_text(record["title"]), to_text(record["dataset"]["citation"]), to_text(record["dataset"]["licence"]))
+        for record in after.values()
+    ]
+    html = _table(("evaluated on", "source", "licence"), rows)
+    for dataset in datasets:
+        licences = ", ".join(f"{code} ({n:,})" for code, n in dataset.manifest["licences"].items())
+        html += f"<h3>{to_text(dataset.manifest['name'])}</h3><p>{to_text(licences)}</p>"
+        used = set(dataset.index["article_id"].to_pylist())
+        articles = [article for article in dataset.articles.to_pylist() if article["article_id"] in used]
+        credits = []
+        for article in articles[:_MAX_CREDITS]:
+            link, text = article_link(article)
+            source = (
+                f'<a href="{to_text(link)}" rel="noreferrer">{to_text(text)}</a>' if link else to_text(article["article_id"])
+            )
+            people = ", ".join((article["authors"] or [])[:3]) + (
+                " et al." if len(article["authors"] or []) > 3 else ""
+            )
+            credits.append((to_text(article["title"]), to_text(people), source, to_text(article["licence"])))
+        if credits:
+            html += _table(("article", "authors", "source", "licence"), credits)
+        if len(articles) > len(credits):
+            html += f"<p>{len(articles) - len(credits):,} more are in its articles.parquet.</p>"
+    return html
+
+
+def _all_metrics(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
+    rows = []
+    for task, record in after.items():
+        old = before.get(task, {}).get("metrics", {})
+        for name, entry in record["metrics"].items():
+            reason = to_text(entry.get("reason", ""))
+            first = _measured(old[name], task, "before", name) if name in old else ""
+            rows.append((to_text(record["title"]), to_text(_metric_name(name)), first,
+                         _measured(entry, task, "after", name), reason))  # fmt: skip
+    return _table(("task", "metric", "before", "after", "why undefined"), rows)
+
+
+def _prompts(after: Mapping[str, Record]) -> str:
+    html = ""
+    for record in after.values():
+        if not record["prompts"]:
+            continue
+        mode = ", ".join(f"{key} {value}" for key, value in record["ensemble"].items())
+        html += f"<h3>{to_text(record['title'])}</h3><p>Set {to_text(record['prompt_set'])}: "
+        html += f"{to_text(record['prompt_source'])}. Ensemble: {to_text(mode)}.</p>"
+        rows = [(to_text(label), "<br>".join(map(to_text, sentences))) for label, sentences in record["prompts"].items()]
+        html += _table(("class", "prompts"), rows)
+    return html
+
+
+def _provenance(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
+    rows = []
+    for stage, source in (("before", before), ("after", after)):
+        for record in source.values():
+            rows.append((
+                stage, to_text(record["task"]), to_text(record["model"]["name"]),
+                f'<span class="hash">{to_text(record["model"]["fingerprint"])}</span>',
+                f'<span class="hash">{to_text(record["dataset"]["manifest_sha256"])}</span>',
+                f"{record['model']['logit_scale']:.2f}", str(record["seed"]),
+            ))  # fmt: skip
+    html = _table(("", "task", "model", "weights", "data", "logit scale", "seed"), rows)
+    for record in list(after.values())[:1]:
+        html += f"<p>{to_text(', '.join(f'{k} {v}' for k, v in record['versions'].items()))}</p>"
+        html += f"<p>{to_text(record['model']['preprocess'])}</p>"
+    return html
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of cells that are escaped already."""
+    head = "".join(f"<th>{to_text(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _measured(entry: Record, task: str, stage: str, name: str) -> str:
+    text = _data(entry["value"], task, stage, name)
+    return f'{text}<span class="ci">{interval_text(entry)}</span>'
+
+
+def _data(value: float | None, task: str, stage: str, name: str) -> str:
+    """The number itself as the machine-readable value, rounded as the text."""
+    where = f'data-task="{to_text(task)}" data-stage="{stage}" data-metric="{to_text(name)}"'
+    return f'<data value="{json.dumps(value)}" {where}>{round_value(value)}</data>'
+
+
+def interval_text(entry: Record) -> str:
+    """`0.953 to 0.995`."""
+    if entry["ci_low"] is None:
+        return "no interval"
+    return f"{round_value(entry['ci_low'])} to {round_value(entry['ci_high'])}"
+
+
+def chance_of(record: Record, name: str) -> float | None:
+    """What random guessing gets on a metric; None where that is not known."""
+    value = record["baselines"]["random"].get(name)
+    return None if value is None else float(value)
+
+
+def _metric_name(name: str) -> str:
+    way, slash, metric = name.rpartition("/")
+    if not slash:
+        return _NAMES.get(name, name.replace("_", " "))
+    arrow = {"image_to_text": "image → text", "text_to_image": "text → image"}.get(way, way)
+    return f"{arrow}, {metric.replace('mrr', 'mean reciprocal rank').replace('_', ' ')}"
+
+
+def round_value(value: float | None) -> str:
+    """Three decimals; a dash for what is undefined."""
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _shorten(text: str | None, limit: int = 400) -> str:
+    text = " ".join((text or "").split())
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def to_text(value: object) -> str:
+    """Anything as HTML text that is also safe inside a quoted attribute."""
+    return escape("" if value is None else str(value), quote=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

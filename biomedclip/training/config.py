@@ -1,0 +1,147 @@
+"""A training run as data: what `configs/train/*.yaml` may hold. Imports no torch.
+
+One file is one run: the model it starts from, the mixture it reads, how long, with what optimiser and objective, and
+what it writes. All numbers a run depends on are here, so two runs of one resolved config on one machine are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from biomedclip.config import Config
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class PreprocessConfig(Config):
+    """Entries of the model's preprocessing to change; None keeps the model's own. Stored with the trained weights."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+
+
+class ModelConfig(Config):
+    """Where training starts."""
+
+    name: str
+    """Whatever `biomedclip.load` accepts: a run folder, `ViT-B-32/openai`, or an architecture with `init: random`."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    init_logit_scale: Positive | None = None
+    """The logit scale to start from; None keeps the model's own (1 / 0.07 for a random start)."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+
+
+class SourceConfig(Config):
+    """One dataset folder of the mixture."""
+
+    name: str
+    path: str
+    weight: Positive = 1.0
+    """Share of every batch, relative to the other sources."""
+    split: Literal["train", "val", "test"] = "train"
+    balance: bool = False
+    """Give each class (first label) of the source the same share."""
+    augmentation: str = "auto"
+    """Preset of `biomedclip.stream.decode`: auto (by modality), none, figure, radiology, microscopy, photograph."""
+
+
+class DataConfig(Config):
+    """What is read."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Reading processes; 0 reads in the training process, which is best on few cores."""
+    max_bad: Share = 0.05
+    """Stop when more than this share of the samples cannot be read."""
+    cache_mb: Annotated[int, Field(ge=0)] = 256
+    """Reduced pictures kept in memory by each reading process."""
+
+    @field_validator("sources")
+    @classmethod
+    def _names_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError("two sources have the same name")
+        return sources
+
+
+class OptimConfig(Config):
+    """AdamW; weights of matrices and kernels decay, vectors and scalars (norms, biases, logit scale) do not."""
+
+    lr: Positive = 5e-4
+    weight_decay: NotNegative = 0.2
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    clip_norm: Positive | None = 1.0
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up from zero, then a half cosine to `final_ratio` of the rate at `max_steps`; or constant."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_ratio: Share = 0.0
+
+
+class LossConfig(Config):
+    """CLIP's loss, and what to do about pairs that are no true negatives."""
+
+    soft_targets: Share = 0.0
+    """How far targets follow label overlap: 0 is plain CLIP, 1 shares the target fully among equal labels."""
+    same_article: Literal["negative", "ignore"] = "negative"
+    """Whether two figures of one article are negatives of each other."""
+    max_logit_scale: Positive = 100.0
+
+
+class CheckpointConfig(Config):
+    """When the run is saved. The last step is always saved, and SIGTERM saves before it ends the run."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """0: not by steps."""
+    every_minutes: NotNegative = 10.0
+    """0: not by time."""
+    keep_last: Count = 2
+
+
+class ValidationConfig(Config):
+    """Loss and retrieval on the `val` split of the sources that have one."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """0: never."""
+    max_samples: Count = 512
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    max_steps: Count
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Samples of a step, over all processes."""
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    """Memory layout of images; twice as fast for convolutional towers on CPU and on tensor cores."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of torch; 0: one for each core the process may use."""
+    log_every_steps: Count = 10
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainConfig:
+        if self.schedule.warmup_steps >= self.max_steps:
+            raise ValueError(f"schedule.warmup_steps must be less than max_steps {self.max_steps}")
+        return self

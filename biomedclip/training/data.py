@@ -1,0 +1,88 @@
+"""The training mixture and its validation pairs as a LightningDataModule.
+
+Reads the dataset folders that a config names and yields the loaders of `biomedclip.stream`. The training loader is
+one long epoch of `max_steps` batches, sized, because Lightning resumes a loader without a length one batch late.
+Validation reads exact pixels and first captions, in index order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+
+from biomedclip.shards import DatasetFolder
+from biomedclip.stream.decode import Geometry, find_preset
+from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
+from biomedclip.stream.text import Tokenise
+from biomedclip.training.config import DataConfig, TrainConfig
+
+
+class StreamData(LightningDataModule):
+    """Batches for one run: `train_loader` is the loader whose state the checkpoints hold."""
+
+    def __init__(self, config: TrainConfig, geometry: Geometry, tokenise: Tokenise) -> None:
+        super().__init__()
+        self.config, self.geometry, self.tokenise = config, geometry, tokenise
+        samples = Samples(
+            stream_sources(config.data), batch_size=config.batch_size, seed=config.seed, geometry=geometry,
+            tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
+        )  # fmt: skip
+        self.train_loader = StreamLoader(samples, max_steps=config.max_steps, workers=config.data.workers)
+
+    def train_dataloader(self) -> StreamLoader:
+        """The training batches, from the step the loader's state says."""
+        return self.train_loader
+
+    def val_dataloader(self) -> ValidationBatches | list[Any]:
+        """Exact batches of the sources' validation splits; none where validation is off or no source has one."""
+        if not self.config.validation.every_steps:
+            return []
+        sources = [
+            StreamSource(name=source.name, path=source.path, split="val")
+            for source in self.config.data.sources
+            if DatasetFolder(source.path).manifest["splits"].get("val")
+        ]
+        if not sources:
+            return []
+        samples = Samples(
+            sources, batch_size=1, seed=self.config.seed, geometry=self.geometry, tokenise=self.tokenise, cache_bytes=0
+        )
+        return ValidationBatches(samples, self.config.batch_size, self.config.validation.max_samples)
+
+    def teardown(self, stage: str) -> None:
+        """Close the shards this process opened."""
+        self.train_loader.samples.close()
+
+
+class ValidationBatches:
+    """The first `max_samples` samples of a set of sources as exact batches, decoded once."""
+
+    def __init__(self, samples: Samples, batch_size: int, max_samples: int) -> None:
+        places = [(number, row) for number, rows in enumerate(samples.rows) for row in range(len(rows))]
+        self._places, self._samples, self._batch_size = places[:max_samples], samples, batch_size
+        self._batches: list[dict[str, torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return -(-len(self._places) // self._batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if not self._batches:
+            for first in range(0, len(self._places), self._batch_size):
+                chosen = self._places[first : first + self._batch_size]
+                images, captions = zip(*(self._samples.read_exact(*place) for place in chosen), strict=True)
+                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+                self._batches.append({"image": pixels, "text": self._samples.tokenise(captions)})
+            self._samples.close()
+        return iter(self._batches)
+
+
+def stream_sources(config: DataConfig) -> list[StreamSource]:
+    """The sources of a config as the stream takes them. Raises ConfigError for an unknown augmentation preset."""
+    for source in config.sources:
+        if source.augmentation != "auto":
+            find_preset(source.augmentation)
+    return [StreamSource(**source.model_dump()) for source in config.sources]

@@ -1,0 +1,244 @@
+"""A train config to a run folder: starting weights, training, trained weights.
+
+Reads the dataset folders and the model that the config names; writes what `biomedclip.runs` describes, and
+
+    start/        the model before the first step, in open_clip's format
+    checkpoints/  step-NNNNNNNN/: trainer.ckpt and the model in open_clip's format
+    final/        the trained model, in open_clip's format
+
+The starting weights are stored because every number of a continual run is a comparison with them, and a random start
+is gone otherwise. A run that was interrupted continues from its last checkpoint with the sample that was next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biomedclip.config import load_config
+from biomedclip.errors import CheckpointError, ConfigError, MissingExtra
+from biomedclip.progress import Progress, silent
+from biomedclip.runs import CONFIG, DONE, Run, is_done, open_run, read_facts, read_metrics
+from biomedclip.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from biomedclip.training.callbacks import LogSteps
+
+_MAY_CHANGE = {"device", "threads", "log_every_steps", "checkpoints", "validation"}
+"""Top-level keys of a config that a resumed run may change: they do not touch what is learned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a training run left behind."""
+
+    folder: Path
+    start: Path
+    """Starting weights, in open_clip's format."""
+    final: Path
+    """Trained weights, in open_clip's format."""
+    steps: int
+    loss: float
+    """Mean loss over the last logged steps."""
+    samples_s: float
+    """Median samples per second over the logged steps."""
+    seconds: float
+    """Wall clock of the process that finished the run."""
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: Progress = silent) -> TrainResult:
+    """Train as the config says into the run folder `out`, and return where the weights are.
+
+    With `resume`, an interrupted run continues from its last checkpoint (from the start where it has none) and a
+    finished one is returned as it is. Raises ConfigError where `out` holds another run or the loss is not finite,
+    DataError for datasets that cannot be read, CheckpointError for weights that cannot be read or written.
+    """
+    out = Path(out)
+    if resume and is_done(out):
+        return read_result(out)
+    if resume and read_facts(out):
+        _check_same_run(out, config)
+    _check_installed()
+    run = open_run(out, kind="train", config=config, seed=config.seed, resume=resume)
+    with _threads(config.threads):
+        log = _fit(config, run, progress)
+    rates = sorted(row["samples_s"] for row in read_metrics(out) if row["samples_s"])
+    summary = {
+        "steps": config.max_steps,
+        "loss": log["loss"],
+        "samples_s": round(rates[len(rates) // 2] or 0.0, 1),
+        "unreadable_samples": log["unreadable_samples"],
+    }
+    run.finish(summary)
+    return read_result(out)
+
+
+def read_result(folder: str | Path) -> TrainResult:
+    """The result of a finished training run, from its folder. Raises ConfigError where it is not finished."""
+    import json
+
+    folder = Path(folder)
+    if not is_done(folder):
+        raise ConfigError(folder, "holds no finished run", todo="resume it or start one")
+    done = json.loads((folder / DONE).read_bytes())
+    return TrainResult(
+        folder=folder, start=folder / "start", final=folder / "final", steps=done["steps"], loss=done["loss"],
+        samples_s=done["samples_s"], seconds=done["seconds"],
+    )  # fmt: skip
+
+
+def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
+    """Build model and data, train to the last step, export; returns the last logged row."""
+    import torch
+
+    from biomedclip.models.export import export_open_clip
+    from biomedclip.training.callbacks import list_checkpoints, remove_unfinished
+    from biomedclip.training.module import ContrastiveModule
+
+    remove_unfinished(run.folder)
+    saved = list_checkpoints(run.folder)
+    torch.manual_seed(config.seed)
+    model, model_cfg, data = _build(config)
+
+    def export(folder: Path) -> Path:
+        return export_open_clip(model, folder, model_cfg=model_cfg)
+
+    if not saved:
+        export(run.folder / "start")
+        run.log(f"starts from {config.model.name} ({config.model.init})")
+    module = ContrastiveModule(model, config)
+    first = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    with progress("training", config.max_steps) as advance:
+        if first:
+            run.log(f"continues after step {first}")
+            advance(first)
+        log = _train_loop(config, run, module, data, export, advance, saved[-1] if saved else None)
+    export(run.folder / "final")
+    row = log.last_row or read_metrics(run.folder)[-1]
+    return {**row, "unreadable_samples": dict(data.train_loader.bad)}
+
+
+def _train_loop(
+    config: TrainConfig, run: Run, module: Any, data: Any, export: Any, advance: Any, checkpoint: Path | None
+) -> LogSteps:
+    from lightning.pytorch import Trainer
+
+    from biomedclip.training.callbacks import TRAINER_FILE, LogSteps, SaveCheckpoints, StopAtNaN
+
+    first = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+    log = LogSteps(run, config, advance, after_step=first)
+    validate = config.validation.every_steps if data.val_dataloader() else 0
+    settings: dict[str, Any] = dict(
+        accelerator=config.device,
+        devices=1,
+        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
+        max_steps=config.max_steps,
+        # Lightning offers each of these itself; here the run folder has one writer, `biomedclip.runs`.
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=None if validate else 0,
+        val_check_interval=validate or None,
+        check_val_every_n_epoch=None if validate else 1,
+        # The plan deals the slots of a batch to the processes; a sampler of Lightning's would deal them twice.
+        use_distributed_sampler=False,
+        callbacks=[StopAtNaN(run), log, SaveCheckpoints(run, config.checkpoints, export)],
+    )
+    path = checkpoint / TRAINER_FILE if checkpoint else None
+    with _quiet_lightning():
+        trainer = Trainer(**settings)
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    if trainer.global_step < config.max_steps:
+        raise CheckpointError(
+            run.folder, f"training ended at step {trainer.global_step} of {config.max_steps}", todo="resume the run"
+        )
+    return log
+
+
+def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any]:
+    """The model in training mode, its open_clip config, and the data module for its size and tokenizer."""
+    import math
+
+    import torch
+
+    from biomedclip.models.load import find_origin, load
+    from biomedclip.stream.decode import Geometry
+    from biomedclip.stream.text import fast_tokenise
+    from biomedclip.training.data import StreamData
+
+    random_init = config.model.init == "random"
+    changes = config.model.preprocess.model_dump(exclude_none=True)
+    model, _, tokenizer = load(config.model.name, random_init=random_init, preprocess=changes)
+    model_cfg = find_origin(config.model.name, random_init=random_init).model_cfg
+    if config.model.init_logit_scale:
+        with torch.no_grad():
+            scale: Any = model.logit_scale
+            scale.fill_(math.log(config.model.init_logit_scale))
+    facts: Any = model.visual.preprocess_cfg
+    sizes = {facts["size"]} if isinstance(facts["size"], int) else set(facts["size"])
+    if len(sizes) != 1:
+        raise ConfigError(config.model.name, "does not take square images", found=facts["size"])
+    geometry = Geometry(size_px=sizes.pop(), resize_mode=facts["resize_mode"], interpolation=facts["interpolation"])
+    return model.train(), model_cfg, StreamData(config, geometry, fast_tokenise(tokenizer))
+
+
+def _check_same_run(out: Path, config: TrainConfig) -> None:
+    """Raise ConfigError where a resumed run would learn something else than the interrupted one."""
+    old = load_config(out / CONFIG, TrainConfig).model_dump(exclude=_MAY_CHANGE)
+    new = config.model_dump(exclude=_MAY_CHANGE)
+    differ = [key for key in old if old[key] != new[key]]
+    if differ:
+        raise ConfigError(
+            out, f"was started with another config: {', '.join(differ)} differ",
+            todo=f"resume with {out / CONFIG}, or start in another folder",
+        )  # fmt: skip
+
+
+def _check_installed() -> None:
+    for package in ("lightning", "open_clip", "simplejpeg"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingExtra("train", package) from None
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    """Let torch use the cores this process may use: it counts the machine's, which a container does not have."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's device table and advice off the terminal; warnings still pass."""
+    import logging
+
+    import warnings
+
+    names = ("lightning.pytorch", "lightning.fabric")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 compares with a class that torch 2.15 renames.
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,190 @@
+"""Cross-references of the running text in, the sentences that cite each figure out, with section and panel letters.
+
+A mention is one sentence, because a paragraph of a results section cites many panels and only the sentence says which.
+The paragraph is rendered once with a mark at each reference, cut into sentences, and each sentence goes to the figures
+its marks name: one reference may name several (`rid="F1 F2"`), two with a dash between name all from one to the other,
+and one that names a group names its figures. Captions are not mentions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from biomedclip.schema import Mention
+from data_builders.pmc.text import MARK, render_text
+from data_builders.pmc.xml_input import Element
+
+_PARAGRAPHS = frozenset(("p", "td", "th", "title", "list-item", "def", "term", "disp-quote", "fn", "verse-line", "label"))
+_NOT_BODY = frozenset(("caption", "fig", "fig-group", "label", "ref", "ref-list"))
+_TITLED = frozenset(("sec", "app", "ack", "notes", "boxed-text", "glossary"))
+_ROOTS = frozenset(("article", "sub-article", "response"))
+_DASHES = re.compile(r"\s*(?:[-\u2010-\u2015\u2212~]|to|through|and through)\s*")
+
+_LETTER = r"[A-Za-z](?![A-Za-z0-9])"
+_AND = r"\s*(?:,\s*and\b|,|;|/|&|\band\b|\bor\b|\bto\b|[-\u2010-\u2015\u2212])\s*"
+_LETTERS = rf"{_LETTER}(?:{_AND}{_LETTER})*"
+_AFTER_NUMBER = re.compile(rf"\d\s*\(?({_LETTERS})")
+_ONLY_LETTERS = re.compile(rf"\s*\(?({_LETTERS})\)?\s*")
+_ENDS_IN_NUMBER = re.compile(r"\d\s*$")
+_ENDS_IN_LETTER = re.compile(r"(?:\d\s*\(?|[,–-]\s*|^\s*)[A-Za-z]\)?\s*$")
+_TAIL_GLUED = re.compile(rf"({_LETTERS})|\(({_LETTERS})\)")
+_CAPITALS = rf"[A-Z](?![A-Za-z0-9])(?:{_AND}[A-Z](?![A-Za-z0-9]))*"
+_TAIL_SPACED = re.compile(rf"\s+(?:({_CAPITALS})(?=\s*(?:[,.;:)\]]|$))|\(({_LETTERS})\))")
+_TAIL_MORE = re.compile(rf"({_AND}{_CAPITALS})(?=\s*(?:[,.;:)\]]|$))")
+_RANGE = re.compile(r"([A-Za-z])\s*(?:[-\u2010-\u2015\u2212]|\bto\b)\s*([A-Za-z])(?![A-Za-z])")
+
+_SENTENCE_END = re.compile(r"[.?!][)\]\"”’]*\s+(?=(?:\x01\d+\x02)?[(\[\"“‘]*(?:\x01\d+\x02)?[^\W a-z])")
+_LAST_WORD = re.compile(r"[\w.]+$")
+_ABBREVIATIONS = frozenset(
+    "fig figs eq eqs eqn ref refs tab no nos al e.g i.e eg ie vs cf dr prof mr mrs ms st approx ca resp suppl supp"
+    " supplementary vol sp spp subsp var cv inc ltd co corp p pp sec ext ed eds viz i.v i.p s.c i.m a.m p.m".split()
+)
+_NUMBERED_LABEL = re.compile(r"(.*?)(\d+)\W*")
+
+
+def collect_mentions(
+    references: Iterable[Element], targets: Mapping[str, tuple[int, ...]], labels: Sequence[str | None]
+) -> list[tuple[Mention, ...]]:
+    """For each figure its mentions in reading order, one a sentence.
+
+    `references` are the `xref` elements in document order; `targets` says which figures (by position in `labels`)
+    an id names. Panel letters are upper-case and sorted.
+    """
+    # figure -> (paragraph, sentence) -> (text, section, letters)
+    found: list[dict[tuple[int, int], tuple[str, str | None, set[str]]]] = [{} for _ in labels]
+    sections: dict[Element, tuple[bool, str | None]] = {}
+    for number, (block, cited) in enumerate(_group_by_paragraph(references, targets).items()):
+        parent = block.getparent()
+        if parent not in sections:
+            sections[parent] = _locate(parent)
+        in_body, section = sections[parent]
+        if not in_body:
+            continue
+        text = render_text(block, None, {xref: i for i, xref in enumerate(cited)})
+        for place, sentence in enumerate(split_sentences(text)):
+            marks = [int(match[1]) for match in MARK.finditer(sentence)]
+            if not marks:
+                continue
+            plain = MARK.sub("", sentence)
+            for mark in marks:
+                for figure, letters in _cited_figures(cited[mark], targets, labels):
+                    entry = found[figure].setdefault((number, place), (plain, section, set()))
+                    entry[2].update(letters)
+    return [
+        tuple(Mention(text=text, section=section, panels=tuple(sorted(letters))) for text, section, letters in f.values())
+        for f in found
+    ]
+
+
+def split_sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, which joined by single spaces are the text; `Fig. 2`, `et al. 2010` do not end one."""
+    start = 0
+    for match in _SENTENCE_END.finditer(text):
+        word = _LAST_WORD.search(text, start, match.start())
+        if text[match.start()] == "." and word is not None:
+            last = word[0].lower()
+            if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
+                continue
+        yield text[start : match.end()].rstrip()
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def read_panels(text: str, tail: str = "") -> set[str]:
+    """The panel letters a reference names: of `Fig. 2A–C` or of `Figure 2` followed by `A, C`; upper-case.
+
+    What follows the reference counts only where it cannot be a word: `Fig. 2 a significant …` names no panel.
+    """
+    letters: set[str] = set()
+    only = _ONLY_LETTERS.fullmatch(text)
+    for listed in [only[1]] if only else _AFTER_NUMBER.findall(text):
+        letters |= _expand(listed)
+    if not tail:
+        return letters
+    if _ENDS_IN_NUMBER.search(text):
+        match = _TAIL_GLUED.match(tail) or _TAIL_SPACED.match(tail)
+        if match:
+            letters |= _expand(match[1] or match[2])
+    elif letters and _ENDS_IN_LETTER.search(text):
+        match = _TAIL_MORE.match(tail)
+        if match:
+            letters |= _expand(text.rstrip(" )")[-1] + match[1])
+    return letters
+
+
+def _expand(listed: str) -> set[str]:
+    letters = {c.upper() for c in re.findall(rf"(?<![A-Za-z]){_LETTER}", listed)}
+    for first, last in _RANGE.findall(listed):
+        letters |= {chr(c) for c in range(ord(first.upper()), ord(last.upper()) + 1)}
+    return letters
+
+
+def _group_by_paragraph(
+    references: Iterable[Element], targets: Mapping[str, tuple[int, ...]]
+) -> dict[Element, list[Element]]:
+    """Paragraph -> its references to figures, in reading order."""
+    blocks: dict[Element, list[Element]] = {}
+    for xref in references:
+        if any(rid in targets for rid in (xref.get("rid") or "").split()):
+            block = next(xref.iterancestors(*_PARAGRAPHS), None)
+            if block is not None:
+                blocks.setdefault(block, []).append(xref)
+    return blocks
+
+
+def _locate(parent: Element | None) -> tuple[bool, str | None]:
+    """Whether an element is running text, and the titles of the sections around it, outermost first."""
+    titles: list[str] = []
+    while parent is not None and parent.tag not in _ROOTS:
+        if parent.tag in _NOT_BODY:
+            return False, None
+        if parent.tag in _TITLED:
+            title = parent.find("title")
+            if title is not None:
+                titles.append(render_text(title))
+        elif parent.tag == "abstract":
+            titles.append("Abstract")
+        parent = parent.getparent()
+    return True, " > ".join(filter(None, reversed(titles))) or None
+
+
+def _cited_figures(
+    xref: Element, targets: Mapping[str, tuple[int, ...]], labels: Sequence[str | None]
+) -> Iterator[tuple[int, set[str]]]:
+    """Each figure that a reference names, with the panel letters that are said of it."""
+    figures = _targets_of(xref, targets)
+    text = "".join(xref.itertext())
+    panels = read_panels(text, xref.tail or "") if len(figures) == 1 else set()
+    for figure in figures:
+        yield figure, panels
+    if len(figures) > 1 and re.search(r"\d\s*(?:[-\u2010-\u2015\u2212]|to)\s*S?\d", text):
+        yield from ((between, set()) for between in _between(figures[0], figures[-1], labels))
+    following = xref.getnext()
+    if figures and following is not None and following.tag == "xref" and _DASHES.fullmatch(xref.tail or ""):
+        ends = _targets_of(following, targets)
+        if ends and ends[0] == figures[-1]:
+            last = read_panels("".join(following.itertext()))
+            if len(panels) == len(last) == 1:
+                yield ends[0], _expand(f"{min(panels)}-{min(last)}")
+        elif ends:
+            yield from ((between, set()) for between in _between(figures[-1], ends[0], labels))
+
+
+def _targets_of(xref: Element, targets: Mapping[str, tuple[int, ...]]) -> list[int]:
+    rids = (xref.get("rid") or "").split()
+    return list(dict.fromkeys(figure for rid in rids for figure in targets.get(rid, ())))
+
+
+def _between(first: int, last: int, labels: Sequence[str | None]) -> Iterator[int]:
+    """Figures after `first` and before `last` whose labels count in the same series (`Figure 2`, not `Figure S1`)."""
+    series = _series(labels[first])
+    for figure in range(first + 1, last):
+        if series is None or _series(labels[figure]) == series:
+            yield figure
+
+
+def _series(label: str | None) -> str | None:
+    match = _NUMBERED_LABEL.fullmatch(label or "")
+    return match[1].strip().lower() if match else None
