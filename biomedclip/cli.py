@@ -48,13 +48,12 @@ def demo(
     overrides: SetOption = None,
 ) -> None:
     """Real articles to shards, a small CLIP trained on them, and a report of what it learned: about 5 minutes."""
-    from biomedclip.demo import run_demo
+    from biomedclip.demo import Builder, run_demo
     from biomedclip.progress import terminal
-    from data_builders.build import BuildConfig, build
+    from data_builders.build import BuildConfig, build, resolve_root
 
-    result = run_demo(
-        out, build=build, build_config=BuildConfig, overrides=overrides or (), progress=terminal, say=_say
-    )
+    builder = Builder(config=BuildConfig, build=build, find_sample=resolve_root)
+    result = run_demo(out, builder, overrides=overrides or (), progress=terminal, say=_say)
     typer.echo(result.table)
     typer.echo(f"\nreport   {result.report}\nnumbers  {result.summary}")
 

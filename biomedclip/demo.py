@@ -88,9 +88,8 @@ def _build_datasets(
         config = load_config(config_file(f"build/demo_{name}.yaml"), builder.config)
         manifest = builder.build(config, out / "data" / name, progress=progress)
         ledger = manifest["ledger"]
-        say(
-            f"      {name}: {ledger['seen']:,} seen = {ledger['kept']:,} kept + {sum(ledger['dropped'].values()):,} dropped"
-        )
+        dropped = sum(ledger["dropped"].values())
+        say(f"      {name}: {ledger['seen']:,} seen = {ledger['kept']:,} kept + {dropped:,} dropped")
         datasets[name] = DatasetFolder(out / "data" / name)
     return datasets
 
@@ -138,11 +137,19 @@ def _report(
 ) -> DemoResult:
     from biomedclip.evaluation.report import summarise, summary_table, write_report
 
-    summary = summarise(before, after, list(datasets.values())) | {"seconds": round(seconds, 1)}
-    write_json(out / "summary.json", summary)
+    built = list(datasets.values())
+    write_json(out / "summary.json", summarise(before, after, built) | {"seconds": round(seconds, 1)})
     write_report(
-        out / "report.html", before=before, after=after, run=train_result.folder, datasets=list(datasets.values())
+        out / "report.html",
+        before=before,
+        after=after,
+        run=train_result.folder,
+        datasets=built,
+        title="What a small CLIP learned in one demo run",
+        lede=(
+            "Figures of PubMed Central articles and two labelled image sets became shards; a small CLIP with random"
+            " weights was trained on them and scored before and after, on images and articles it never saw."
+        ),
     )
-    return DemoResult(
-        out / "report.html", out / "summary.json", summary_table(json.loads((out / "summary.json").read_text()))
-    )
+    table = summary_table(json.loads((out / "summary.json").read_bytes()))
+    return DemoResult(out / "report.html", out / "summary.json", table)

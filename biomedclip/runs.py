@@ -66,9 +66,7 @@ class Run:
         return round(time.monotonic() - self.started, 1)
 
 
-def open_run(
-    folder: str | Path, *, kind: str, config: BaseModel, seed: int | None = None, resume: bool = False
-) -> Run:
+def open_run(folder: str | Path, *, kind: str, config: BaseModel, seed: int | None = None, resume: bool = False) -> Run:
     """Start a run in `folder`, or continue one.
 
     Raises ConfigError where the folder holds another run and `resume` is not set, or where a run to be resumed is of

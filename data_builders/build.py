@@ -180,7 +180,20 @@ def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
 
 
 def _open_labels(config: LabelsConfig) -> BuildInput:
-    raise ConfigError("source.kind", "labels is not there yet")
+    from data_builders.labels import compile as labels
+    from data_builders.labels.recipe import load_recipe
+
+    recipe = load_recipe(config.recipe)
+    manifest = labels.read_labelled_set(recipe, resolve_root(config.root))
+
+    def items(advance: Callable[[], None]) -> Iterator[Article | Pair | Drop]:
+        for item in labels.compile_pairs(recipe, manifest, splits=config.splits):
+            yield item
+            advance()
+
+    total = len(manifest.drops) + len(labels.chosen_rows(manifest, config.splits))
+    digest = labels.fingerprint_set(recipe, manifest)
+    return BuildInput(fingerprint=digest, total=total, items=items, facts=labels.describe_set(recipe))
 
 
 @dataclass(slots=True)

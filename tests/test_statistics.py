@@ -4,10 +4,18 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import beta, binom
 
 from biomedclip.evaluation import metrics
-from biomedclip.evaluation.statistics import Resampler, bootstrap, delong, holm, mcnemar, paired_bootstrap
+from biomedclip.evaluation.statistics import (
+    Resampler,
+    bootstrap,
+    bound_flawless,
+    delong,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+)
 
 
 def mean_of(values):
@@ -107,6 +115,16 @@ def test_ignoring_groups_would_cover_far_too_rarely():
             hits[grouped] += interval.low <= 0 <= interval.high
     assert hits[True] / 150 > 0.88
     assert hits[False] / 150 < 0.65
+
+
+def test_the_bound_of_a_flawless_result_is_clopper_pearsons_and_holds_for_several_classes():
+    for n in (1, 5, 176):
+        assert bound_flawless([n]) == pytest.approx(beta.ppf(0.025, n, 1))
+    grid = np.linspace(1e-6, 1, 2001)
+    for n, m in ((5, 9), (1, 30), (7, 7)):
+        likely = n * np.log(grid)[:, None] + m * np.log(grid)[None] >= np.log(0.025)
+        smallest = ((grid[:, None] + grid[None]) / 2)[likely].min()
+        assert bound_flawless([n, m]) == pytest.approx(smallest, abs=1e-3)
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals_suggest():

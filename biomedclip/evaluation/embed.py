@@ -3,7 +3,8 @@
 Reads a Manifest and a model of open_clip's kind; yields `ImageEmbeddings`: ids and (N, D) float32 vectors of length 1
 for every image that could be read, and a Drop for every one that could not. A NaN is an error that names the samples,
 because NaN compares false to everything and would silently rank best or worst. The cache key is made of the weights
-themselves, the preprocessing and the manifest, not of the model's name: a retrained `my-model` is another model.
+themselves, the preprocessing, the manifest and the state of its files, not of the model's name: a retrained `my-model`
+is another model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +58,11 @@ def fingerprint(model: torch.nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def describe_preprocess(preprocess: Callable[..., Any]) -> str:
+    """repr without memory addresses, which open_clip's transforms carry and which differ in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess))
+
+
 def embed_images(
     model: torch.nn.Module,
     preprocess: Callable[[Image.Image], torch.Tensor],
@@ -77,7 +84,15 @@ def embed_images(
     """
     path = None
     if cache is not None:
-        key = [_CACHE_VERSION, model_hash or fingerprint(model), repr(preprocess), manifest.sha256, "float32"]
+        weights = model_hash or fingerprint(model)
+        key = [
+            _CACHE_VERSION,
+            weights,
+            describe_preprocess(preprocess),
+            manifest.sha256,
+            _file_states(manifest),
+            "float32",
+        ]
         path = Path(cache) / f"{manifest.name}-{sha256_json(key)[:24]}.npz"
         found = _read_cache(path)
         if found is not None:
@@ -202,7 +217,7 @@ def _unit(vectors: torch.Tensor) -> NDArray[np.float32]:
 
 
 def _check_finite(vectors: NDArray[np.float32], names: Sequence[str], where: str) -> None:
-    bad = [names[i] for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1))]
+    bad = [names[i] for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()]
     if bad:
         raise DataError(
             where, f"{len(bad)} embedding(s) of a batch are not finite", found=", ".join(bad[:5]),
@@ -218,6 +233,16 @@ def _check_excluded(drops: Sequence[Drop], manifest: Manifest, max_excluded: flo
         )  # fmt: skip
 
 
+def _file_states(manifest: Manifest) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of change) of the files the rows point into: the manifest's hash is of rows, not of pixels."""
+    states = []
+    for relative in sorted({row.image.path for row in manifest.rows}):
+        with contextlib.suppress(OSError):
+            stat = (Path(manifest.root) / relative).stat()
+            states.append((relative, stat.st_size, stat.st_mtime_ns))
+    return states
+
+
 def _write_cache(path: Path, result: ImageEmbeddings) -> None:
     with write_atomic(path) as file:
         np.savez(
@@ -231,7 +256,8 @@ def _read_cache(path: Path) -> ImageEmbeddings | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because np.load leaves a file of its own open where the zip is broken.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             drops = tuple(Drop(**json.loads(text)) for text in file["drops"].tolist())
             ids = tuple(file["sample_ids"].tolist())
             return ImageEmbeddings(sample_ids=ids, vectors=file["vectors"], drops=drops, cached=True)

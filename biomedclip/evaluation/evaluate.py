@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.evaluation.config import EvaluateConfig
-from biomedclip.evaluation.embed import ImageEmbeddings, embed_images, embed_texts, fingerprint, logit_scale_of
+from biomedclip.evaluation.embed import (
+    ImageEmbeddings,
+    describe_preprocess,
+    embed_images,
+    embed_texts,
+    fingerprint,
+    logit_scale_of,
+)
 from biomedclip.evaluation.prompts import check_distinct, compile_prompts, list_warnings
 from biomedclip.evaluation.results import TaskResult, write_result
 from biomedclip.evaluation.retrieval import caption_ids, rank_candidates
@@ -267,7 +274,7 @@ def _describe(
         "model": {
             "name": encoder.name,
             "fingerprint": encoder.fingerprint,
-            "preprocess": repr(encoder.preprocess),
+            "preprocess": describe_preprocess(encoder.preprocess),
             "logit_scale": encoder.logit_scale,
             "precision": "float32",
         },

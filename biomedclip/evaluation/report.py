@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from biomedclip import __version__
+from biomedclip.evaluation.appendix import write_appendix
 from biomedclip.evaluation.gallery import SampleFigure, choose_figures
+from biomedclip.evaluation.markup import Record, chance_of, interval_text, round_value, to_text
 from biomedclip.evaluation.results import TaskResult
 from biomedclip.evaluation.sections import (
     LIMITS,
     SHOWN_METRICS,
-    Record,
-    chance_of,
     count_ledgers,
-    interval_text,
-    round_value,
-    to_text,
-    write_appendix,
     write_confusions,
     write_funnels,
     write_gallery,
@@ -136,9 +132,6 @@ def _by_task(results: Iterable[TaskResult]) -> dict[str, Record]:
 def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = 2  # task and metric; numbers are set to the right
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    cells = [[cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]  # fmt: skip
+    return "\n".join("  ".join(row).rstrip() for row in cells)

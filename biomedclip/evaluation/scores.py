@@ -12,7 +12,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from biomedclip.errors import DataError
 from biomedclip.evaluation import metrics
 from biomedclip.evaluation.retrieval import chance_recall, chance_reciprocal_rank
-from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap
+from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap, bound_flawless
 from biomedclip.files import write_atomic
 
 FORMAT_VERSION = 1
@@ -73,7 +73,8 @@ def write_scores(path: str | Path, scores: Scores) -> str:
 def read_scores(path: str | Path) -> Scores:
     """Scores written by `write_scores`. Raises DataError for anything else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because np.load leaves a file of its own open where the zip is broken.
+        with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if int(arrays["format"]) != FORMAT_VERSION:
             raise DataError(path, f"is not of format {FORMAT_VERSION}", found=int(arrays["format"]))
@@ -180,13 +181,36 @@ def measure(
     undefined = metrics.explain_undefined(scores.y, num_classes) if isinstance(scores, ClassScores) else "no samples"
     facts: dict[str, Any] = {
         "metrics": {
-            name: _entry(float(statistic(None)), intervals[name], len(scores.sample_ids), undefined)
+            name: _entry(
+                value := float(statistic(None)),
+                _widen(name, value, intervals[name], scores, groups),
+                len(scores.sample_ids),
+                undefined,
+            )
             for name, statistic in statistics.items()
         }
     }
     if isinstance(scores, ClassScores):
         return facts | _class_tables(scores)
     return facts | {"baselines": {"random": _random_ranks(scores, names)}}
+
+
+def _widen(name: str, value: float, interval: Interval, scores: Scores, groups: tuple[str, ...] | None) -> Interval:
+    """The exact interval in place of a bootstrap that has shrunk to a point, for shares that are all or nothing.
+
+    Other metrics keep the point and say so: all resamples of a perfect ranking are perfect, which is not certainty.
+    """
+    if interval.reason or interval.low != interval.high:
+        return interval
+    kind = name.rsplit("/", 1)[-1].split("@")[0]
+    if value not in (0.0, 1.0) or kind not in ("accuracy", "balanced_accuracy", "recall"):
+        return replace(interval, method=f"{interval.method}-degenerate")
+    units = np.asarray(groups if groups is not None else scores.sample_ids)
+    per_class = isinstance(scores, ClassScores) and kind == "balanced_accuracy"
+    strata = scores.y if isinstance(scores, ClassScores) and per_class else np.zeros(len(units), dtype=np.int64)
+    bound = bound_flawless([len(np.unique(units[strata == c])) for c in np.unique(strata)], interval.level)
+    low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
+    return replace(interval, low=low, high=high, method="exact-" + ("all-right" if value == 1 else "all-wrong"))
 
 
 def _entry(value: float, interval: Interval, n: int, undefined: str | None) -> dict[str, Any]:

@@ -1,27 +1,35 @@
 """Sections of the report as HTML text, one function each, in reading order.
 
-Reads result records, run and dataset folders; yields HTML. Numbers are never typed: each stands in a
-`<data value="…">` element that holds the very number of the JSON record while its text is rounded. Captions, titles,
-reasons and names come from strangers and pass through `to_text` without exception.
+Reads result records, run and dataset folders; yields HTML in the forms of markup.py, which escapes what comes from
+strangers: captions, titles, reasons and names. The reader meets the verdict first and the fine print last.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from biomedclip import __version__
 from biomedclip.errors import DataError
 from biomedclip.evaluation.charts import collect_curves, draw_funnel, draw_interval, draw_lines
-from biomedclip.evaluation.gallery import SampleFigure, article_link, find_thumbnails, thumbnail
+from biomedclip.evaluation.gallery import SampleFigure, find_thumbnails, thumbnail
+from biomedclip.evaluation.markup import (
+    Record,
+    chance_of,
+    interval_text,
+    link_to,
+    name_metric,
+    round_value,
+    shorten,
+    to_text,
+    write_measured,
+    write_number,
+)
 from biomedclip.evaluation.results import TaskResult
-from biomedclip.runs import CONFIG, DONE, read_facts, read_metrics
+from biomedclip.runs import DONE, read_facts, read_metrics
 from biomedclip.shards import DatasetFolder
-
-Record = Mapping[str, Any]
 
 SHOWN_METRICS = {
     "zero_shot": ("balanced_accuracy", "auroc", "accuracy"),
@@ -29,12 +37,6 @@ SHOWN_METRICS = {
 }
 """Metrics of the headline table and of `report.summarise`; all others are in the appendix."""
 
-_NAMES = {
-    "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc": "AUROC", "auprc": "AUPRC",
-    "macro_f1": "macro F1", "mcc": "MCC", "kappa": "Cohen's κ", "ece": "calibration error (ECE)",
-    "brier": "Brier score", "nll": "negative log-likelihood",
-}  # fmt: skip
-_MAX_CREDITS = 200
 LIMITS = (
     "For research only; not for clinical use. No number here says that a model is safe or useful for patients.",
     "Intervals say how far a figure would move with other samples of the same kind. They do not cover another "
@@ -91,12 +93,12 @@ def write_tiles(before: Mapping[str, Record], after: Mapping[str, Record]) -> st
         name = record["primary"]
         entry, old = record["metrics"][name], before.get(task, {}).get("metrics", {}).get(name)
         chance = chance_of(record, name)
-        facts = [f"before {_data(old['value'], task, 'before', name)}"] if old else []
+        facts = [f"before {write_number(old['value'], task, 'before', name)}"] if old else []
         facts += [f"chance {round_value(chance)}"] if chance is not None else []
         tiles.append(
             f'<section class="tile"><h2>{to_text(record["title"])}</h2>'
-            f'<div class="value">{_data(entry["value"], task, "after", name)}</div>'
-            f'<div class="metric">{to_text(_metric_name(name))} on {entry["n"]:,} held-out '
+            f'<div class="value">{write_number(entry["value"], task, "after", name)}</div>'
+            f'<div class="metric">{to_text(name_metric(name))} on {entry["n"]:,} held-out '
             f"{'images' if record['kind'] == 'zero_shot' else 'pairs'}</div>"
             f'<div class="from">95 % interval {interval_text(entry)}<br>{" · ".join(facts)}</div></section>'
         )
@@ -110,17 +112,18 @@ def write_headline(before: Mapping[str, Record], after: Mapping[str, Record]) ->
         data = record["dataset"]
         groups = f", {data['n_groups']:,} groups (by {data['group']})" if data["n_groups"] else ""
         count = f"{data['n']:,} samples of the {data['split']} split{groups}"
-        rows.append(f'<tr class="task"><th colspan="6">{to_text(record["title"])}<span>{to_text(count)}</span></th></tr>')
+        title = f"{to_text(record['title'])}<span>{to_text(count)}</span>"
+        rows.append(f'<tr class="task"><th colspan="6">{title}</th></tr>')
         names = [name for name in SHOWN_METRICS[record["kind"]] if name in record["metrics"]]
         old = before.get(task, {}).get("metrics", {})
         for name in names:
             entry, chance = record["metrics"][name], chance_of(record, name)
             css = ' class="primary"' if name == record["primary"] else ""
-            first = f'<td class="number">{_measured(old[name], task, "before", name)}</td>' if name in old else ""
+            first = f'<td class="number">{write_measured(old[name], task, "before", name)}</td>' if name in old else ""
             rows.append(
-                f"<tr{css}><td>{to_text(_metric_name(name))}</td>{first if before else ''}"
-                f'<td class="number">{_measured(entry, task, "after", name)}</td>'
-                f'<td class="picture">{draw_interval(old.get(name), entry, chance)}</td>"
+                f"<tr{css}><td>{to_text(name_metric(name))}</td>{first if before else ''}"
+                f'<td class="number">{write_measured(entry, task, "after", name)}</td>'
+                f'<td class="picture">{draw_interval(old.get(name), entry, chance)}</td>'
                 f'<td class="number">{round_value(chance)}</td><td class="number">{entry["n"]:,}</td></tr>'
             )
     stages = ("before", "after") if before else ("value",)
@@ -131,12 +134,15 @@ def write_headline(before: Mapping[str, Record], after: Mapping[str, Record]) ->
         '</svg>after</span><span class="key"><svg width="12" height="12"><line class="chance" x1="6" x2="6" y1="0" '
         'y2="12"/></svg>chance</span></p>'
     )
-    methods = sorted({entry["ci_method"] for record in after.values() for entry in record["metrics"].values()})
+    shown = {name for names in SHOWN_METRICS.values() for name in names}
+    entries = [entry for record in after.values() for name, entry in record["metrics"].items() if name in shown]
+    methods = sorted({entry["ci_method"] for entry in entries})
     note = f"Axes run from 0 to 1. Intervals: {', '.join(methods)}; the primary metric of each task is in bold."
     return (
         f'<section id="results">\n<h2>Before and after</h2>\n{key if before else ""}<div class="wide"><table>'
-        f'<thead><tr><th>metric</th>{head}<th class="picture">0 to 1</th><th class="number">chance</th><th class="number">n</th></tr>'
-        f'</thead><tbody>{"".join(rows)}</tbody></table></div>\n<p class="note">{to_text(note)}</p>\n</section>'
+        f'<thead><tr><th>metric</th>{head}<th class="picture">0 to 1</th><th class="number">chance</th>'
+        f'<th class="number">n</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'
+        f'<p class="note">{to_text(note)}</p>\n</section>'
     )
 
 
@@ -192,8 +198,8 @@ def _confusion_table(stage: str, record: Record) -> str:
             cells.append(f'<td{dark} style="--share:{share:.3f}">{count:,}<small>{share:.0%}</small></td>')
         rows.append(f'<tr><th scope="row">{to_text(name)}</th>{"".join(cells)}</tr>')
     return (
-        f'<table class="confusion" data-task="{to_text(record["task"])}" data-stage="{stage}"><caption>{stage}</caption>'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<table class="confusion" data-task="{to_text(record["task"])}" data-stage="{stage}">'
+        f"<caption>{stage}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -212,8 +218,8 @@ def write_retrieved(after: Mapping[str, Record], datasets: Sequence[DatasetFolde
         verdict = '<span class="hit">right</span>' if example["hit"] else '<span class="miss">wrong</span>'
         rank = f"{example['rank']:g}"
         rows.append(
-            f'<tr><td>{image}</td><td><div class="clip">{to_text(_shorten(example["caption"]))}</div></td>'
-            f'<td><div class="clip">{to_text(_shorten(example["top_caption"]))}</div></td>'
+            f'<tr><td>{image}</td><td><div class="clip">{to_text(shorten(example["caption"]))}</div></td>'
+            f'<td><div class="clip">{to_text(shorten(example["top_caption"]))}</div></td>'
             f'<td>{verdict}</td><td class="number">{rank}</td></tr>'
         )
     return (
@@ -232,13 +238,14 @@ def write_gallery(figures: Sequence[SampleFigure]) -> str:
         picture = thumbnail(figure.image)
         if not picture:
             continue
-        link = f'<a href="{to_text(figure.link)}" rel="noreferrer">{to_text(figure.link_text)}</a>' if figure.link else ""
+        link = link_to(figure.link, figure.link_text) if figure.link else ""
         credit = " ".join(part for part in (figure.authors, figure.year) if part)
         # Title, author, licence and source: what CC BY asks for.
-        parts = [to_text(part) for part in (_shorten(figure.title, 110), credit, figure.licence) if part]
+        parts = [to_text(part) for part in (shorten(figure.title, 110), credit, figure.licence) if part]
         origin = " · ".join([*parts, *([link] if link else [to_text(figure.source)])])
         blocks.append(
-            f'<figure><img alt="" src="{picture}"><figcaption><div class="text">{to_text(_shorten(figure.caption))}</div>'
+            f'<figure><img alt="" src="{picture}"><figcaption>'
+            f'<div class="text">{to_text(shorten(figure.caption))}</div>'
             f'<span class="origin">{origin}</span></figcaption></figure>'
         )
     if not blocks:
@@ -287,149 +294,8 @@ def write_limits(after: Sequence[TaskResult]) -> str:
     return f'<section id="limits">\n<h2>What this does not show</h2>\n<ul>{items}</ul>\n</section>'
 
 
-def write_appendix(
-    before: Mapping[str, Record], after: Mapping[str, Record], datasets: Sequence[DatasetFolder], run: str | Path | None
-) -> str:
-    """Folded: attribution, all metrics, prompts, provenance, config."""
-    parts = [
-        ("Licences and attribution", _credits(after, datasets)),
-        ("All metrics", _all_metrics(before, after)),
-        ("Prompts", _prompts(after)),
-        ("Models, data and versions", _provenance(before, after)),
-    ]
-    config = Path(run) / CONFIG if run else None
-    if config and config.exists():
-        parts.append(("Config of the training run", f"<pre>{to_text(config.read_text(encoding='utf-8'))}</pre>"))
-    blocks = [f"<details><summary>{name}</summary>{body}</details>" for name, body in parts if body]
-    return f'<section id="appendix">\n<h2>Appendix</h2>\n{"".join(blocks)}\n</section>'
-
-
-def _credits(after: Mapping[str, Record], datasets: Sequence[DatasetFolder]) -> str:
-    rows = [
-        (to_text(record["title"]), to_text(record["dataset"]["citation"]), to_text(record["dataset"]["licence"]))
-        for record in after.values()
-    ]
-    html = _table(("evaluated on", "source", "licence"), rows)
-    for dataset in datasets:
-        licences = ", ".join(f"{code} ({n:,})" for code, n in dataset.manifest["licences"].items())
-        html += f"<h3>{to_text(dataset.manifest['name'])}</h3><p>{to_text(licences)}</p>"
-        used = set(dataset.index["article_id"].to_pylist())
-        articles = [article for article in dataset.articles.to_pylist() if article["article_id"] in used]
-        credits = []
-        for article in articles[:_MAX_CREDITS]:
-            link, text = article_link(article)
-            source = (
-                f'<a href="{to_text(link)}" rel="noreferrer">{to_text(text)}</a>' if link else to_text(article["article_id"])
-            )
-            people = ", ".join((article["authors"] or [])[:3]) + (
-                " et al." if len(article["authors"] or []) > 3 else ""
-            )
-            credits.append((to_text(article["title"]), to_text(people), source, to_text(article["licence"])))
-        if credits:
-            html += _table(("article", "authors", "source", "licence"), credits)
-        if len(articles) > len(credits):
-            html += f"<p>{len(articles) - len(credits):,} more are in its articles.parquet.</p>"
-    return html
-
-
-def _all_metrics(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
-    rows = []
-    for task, record in after.items():
-        old = before.get(task, {}).get("metrics", {})
-        for name, entry in record["metrics"].items():
-            reason = to_text(entry.get("reason", ""))
-            first = _measured(old[name], task, "before", name) if name in old else ""
-            rows.append((to_text(record["title"]), to_text(_metric_name(name)), first,
-                         _measured(entry, task, "after", name), reason))  # fmt: skip
-    return _table(("task", "metric", "before", "after", "why undefined"), rows)
-
-
-def _prompts(after: Mapping[str, Record]) -> str:
-    html = ""
-    for record in after.values():
-        if not record["prompts"]:
-            continue
-        mode = ", ".join(f"{key} {value}" for key, value in record["ensemble"].items())
-        html += f"<h3>{to_text(record['title'])}</h3><p>Set {to_text(record['prompt_set'])}: "
-        html += f"{to_text(record['prompt_source'])}. Ensemble: {to_text(mode)}.</p>"
-        rows = [(to_text(label), "<br>".join(map(to_text, sentences))) for label, sentences in record["prompts"].items()]
-        html += _table(("class", "prompts"), rows)
-    return html
-
-
-def _provenance(before: Mapping[str, Record], after: Mapping[str, Record]) -> str:
-    rows = []
-    for stage, source in (("before", before), ("after", after)):
-        for record in source.values():
-            rows.append((
-                stage, to_text(record["task"]), to_text(record["model"]["name"]),
-                f'<span class="hash">{to_text(record["model"]["fingerprint"])}</span>',
-                f'<span class="hash">{to_text(record["dataset"]["manifest_sha256"])}</span>',
-                f"{record['model']['logit_scale']:.2f}", str(record["seed"]),
-            ))  # fmt: skip
-    html = _table(("", "task", "model", "weights", "data", "logit scale", "seed"), rows)
-    for record in list(after.values())[:1]:
-        html += f"<p>{to_text(', '.join(f'{k} {v}' for k, v in record['versions'].items()))}</p>"
-        html += f"<p>{to_text(record['model']['preprocess'])}</p>"
-    return html
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of cells that are escaped already."""
-    head = "".join(f"<th>{to_text(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _measured(entry: Record, task: str, stage: str, name: str) -> str:
-    text = _data(entry["value"], task, stage, name)
-    return f'{text}<span class="ci">{interval_text(entry)}</span>'
-
-
-def _data(value: float | None, task: str, stage: str, name: str) -> str:
-    """The number itself as the machine-readable value, rounded as the text."""
-    where = f'data-task="{to_text(task)}" data-stage="{stage}" data-metric="{to_text(name)}"'
-    return f'<data value="{json.dumps(value)}" {where}>{round_value(value)}</data>'
-
-
-def interval_text(entry: Record) -> str:
-    """`0.953 to 0.995`."""
-    if entry["ci_low"] is None:
-        return "no interval"
-    return f"{round_value(entry['ci_low'])} to {round_value(entry['ci_high'])}"
-
-
-def chance_of(record: Record, name: str) -> float | None:
-    """What random guessing gets on a metric; None where that is not known."""
-    value = record["baselines"]["random"].get(name)
-    return None if value is None else float(value)
-
-
-def _metric_name(name: str) -> str:
-    way, slash, metric = name.rpartition("/")
-    if not slash:
-        return _NAMES.get(name, name.replace("_", " "))
-    arrow = {"image_to_text": "image → text", "text_to_image": "text → image"}.get(way, way)
-    return f"{arrow}, {metric.replace('mrr', 'mean reciprocal rank').replace('_', ' ')}"
-
-
-def round_value(value: float | None) -> str:
-    """Three decimals; a dash for what is undefined."""
-    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def _shorten(text: str | None, limit: int = 400) -> str:
-    text = " ".join((text or "").split())
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-def to_text(value: object) -> str:
-    """Anything as HTML text that is also safe inside a quoted attribute."""
-    return escape("" if value is None else str(value), quote=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

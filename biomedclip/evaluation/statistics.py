@@ -139,6 +139,24 @@ def bootstrap(statistics: Mapping[str, Statistic], resampler: Resampler, *, leve
     return intervals
 
 
+def bound_flawless(sizes: Sequence[int], level: float = 0.95) -> float:
+    """Lower confidence bound of the mean of C recalls when every one of sizes[c] independent trials succeeded.
+
+    The bootstrap of a flawless result is a single point, which reads like certainty. This is the smallest mean of
+    p_c with prod p_c^n_c >= (1 - level) / 2; for one class that is Clopper and Pearson's (1934) bound. The mirror
+    image, 1 - bound, is the upper bound when every trial failed.
+    """
+    counts = np.asarray(sizes, dtype=np.float64)
+    budget = -math.log((1 - level) / 2)
+    # Lagrange: p_c = min(1, scale * n_c), with the scale that spends the budget, found by bisection on a falling sum.
+    low, high = 1e-12 / counts.max(), 1 / counts.min()
+    for _ in range(200):
+        scale = math.sqrt(low * high)
+        spent = float((counts * -np.log(np.minimum(1, scale * counts))).sum())
+        low, high = (scale, high) if spent > budget else (low, scale)
+    return float(np.minimum(1, high * counts).mean())
+
+
 def paired_bootstrap(a: Statistic, b: Statistic, resampler: Resampler, *, level: float = 0.95) -> Difference:
     """b - a on the same samples: value, percentile interval and p = 2 min(#{d <= 0} + 1, #{d >= 0} + 1) / (R + 1).
 

@@ -50,6 +50,6 @@ def score_classes(images: Vectors, prompts: Sequence[Vectors], ensemble: Ensembl
         return np.stack([c.mean(1) for c in cosines], axis=1).astype(np.float32)
     if ensemble.mode == "max":
         return np.stack([c.max(1) for c in cosines], axis=1).astype(np.float32)
-    stacked = np.stack(cosines, axis=2)  # (N, C, K)
+    stacked = np.stack(cosines, axis=1)  # (N, C, K)
     mean = np.mean([softmax(logit_scale * stacked[:, :, k]) for k in range(stacked.shape[2])], axis=0)
     return (np.log(np.maximum(mean, 1e-300)) / logit_scale).astype(np.float32)

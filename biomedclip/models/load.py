@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomedclip.errors import CheckpointError, MissingExtra
+from biomedclip.models.catalog import architecture_folder, list_architectures
 from biomedclip.models.export import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -114,20 +114,11 @@ def find_export(folder: str | Path) -> Path:
     raise CheckpointError(folder, wrong, todo="name a run folder, or a folder in open_clip's format")
 
 
-def list_architectures() -> list[str]:
-    """Names of the architectures this project ships: open_clip model configs under `architectures/`."""
-    return sorted(file.name.removesuffix(".json") for file in _architecture_folder().iterdir())
-
-
 def register_architectures() -> None:
     """Make the shipped architectures known to open_clip, beside its own. Repeating it changes nothing."""
     open_clip = _import_open_clip()
     if not set(list_architectures()) <= set(open_clip.list_models()):
-        open_clip.add_model_config(_architecture_folder())
-
-
-def _architecture_folder() -> Path:
-    return Path(str(resources.files("biomedclip.models"))) / "architectures"
+        open_clip.add_model_config(architecture_folder())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

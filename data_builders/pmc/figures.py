@@ -27,6 +27,11 @@ _COUNTED_AS = {
     **dict.fromkeys(("supplementary-material", "media"), "supplementary_graphics"),
 }
 _SOUGHT = ("fig", "chem-struct-wrap", "chem-struct-wrapper", "boxed-text", "graphic", "inline-graphic", "media")
+_NAMES_OF_COUNTS = {
+    "inline-graphic": "inline_graphics",
+    "media": "media",
+    "supplementary-material": "supplementary_files",
+}
 _SUBARTICLES = frozenset(("sub-article", "response"))
 _THUMBNAIL = re.compile(r"thumb|small|preview|icon|low[-_ ]?res", re.IGNORECASE)
 _RASTER_MIME = re.compile(r"(?:x-)?(?:jpe?g|png|gif|tiff?|webp|bmp)|", re.IGNORECASE)
@@ -88,10 +93,8 @@ def survey_article(article: Element) -> Survey:
             survey.containers.append(element)
         elif tag == "graphic":
             _place_graphic(element, survey)
-        elif tag == "media":
-            survey.counts["media"] += 1
-        else:
-            survey.counts["inline_graphics" if tag == "inline-graphic" else "supplementary_files"] += 1
+        elif next(element.iterancestors("ref-list"), None) is None:
+            survey.counts[_NAMES_OF_COUNTS[tag]] += 1
     return survey
 
 
@@ -135,6 +138,8 @@ def _place_graphic(graphic: Element, survey: Survey) -> None:
             return
         if node.tag in _COUNTED_AS:
             survey.counts[_COUNTED_AS[node.tag]] += 1
+            return
+        if node.tag == "ref-list":  # reference lists are not read, and most are cut off before the parse
             return
         node = node.getparent()
     survey.counts["other_graphics"] += 1
@@ -318,5 +323,5 @@ def _name_figures(found: list[FoundFigure]) -> list[FoundFigure]:
         elif name in used:
             name, flags = f"{name}@{ordinal}", (*flags, "id_repeated")
         used.add(name)
-        named.append(replace(figure, figure_id=name, flags=flags))
+        named.append(figure if name == figure.figure_id else replace(figure, figure_id=name, flags=flags))
     return named

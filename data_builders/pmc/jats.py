@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from biomedclip.schema import Article, Figure
+from biomedclip.schema import Article, Figure, Mention
 from data_builders.pmc.figures import FoundFigure, find_figures, survey_article
 from data_builders.pmc.front import parse_article_id, read_article, read_retracted_ids
 from data_builders.pmc.licences import XmlLicence, read_licence
@@ -69,9 +69,9 @@ def _parse(element: Element, article_id: str, flags: set[str], fast: bool) -> Pa
     article = replace(article, flags=tuple(sorted({*article.flags, *flags})))
     file_flags = tuple(sorted(flags & {"xml_recovered", "encoding_repaired"}))
     figures = [
-        replace(figure, language=figure.language, mentions=mentions[ordinal], flags=(*figure.flags, *file_flags))
+        figure
         for ordinal, entry in enumerate(found)
-        for figure in _split_panels(entry, article, ordinal)
+        for figure in _split_panels(entry, article_id, ordinal, mentions[ordinal], file_flags)
     ]
     return ParsedArticle(
         article=article,
@@ -83,24 +83,28 @@ def _parse(element: Element, article_id: str, flags: set[str], fast: bool) -> Pa
     )
 
 
-def _split_panels(found: FoundFigure, article: Article, ordinal: int) -> list[Figure]:
+def _split_panels(
+    found: FoundFigure, article_id: str, ordinal: int, mentions: tuple[Mention, ...], file_flags: tuple[str, ...]
+) -> list[Figure]:
     """One Figure a panel, or one without graphic where there is none."""
-    figure = Figure(
-        article_id=article.article_id,
-        figure_id=found.figure_id or f"fig@{ordinal}",
-        ordinal=ordinal,
-        label=found.label,
-        caption=found.caption,
-        graphic=None,
-        group_id=found.around.group_id,
-        group_caption=found.around.group_caption,
-        language=found.around.language,
-        licence=found.rights.licence,
-        third_party=found.rights.third_party,
-        flags=found.flags,
-    )
-    count = len(found.panels)
     return [
-        replace(figure, graphic=p.href, alternatives=p.alternatives, panel_index=i, panel_count=count)
-        for i, p in enumerate(found.panels)
-    ] or [figure]
+        Figure(
+            article_id=article_id,
+            figure_id=found.figure_id or f"fig@{ordinal}",
+            ordinal=ordinal,
+            label=found.label,
+            caption=found.caption,
+            graphic=panel.href if panel else None,
+            panel_index=index,
+            panel_count=len(found.panels) or 1,
+            group_id=found.around.group_id,
+            group_caption=found.around.group_caption,
+            language=found.around.language,
+            mentions=mentions,
+            licence=found.rights.licence,
+            third_party=found.rights.third_party,
+            flags=(*found.flags, *file_flags),
+            alternatives=panel.alternatives if panel else (),
+        )
+        for index, panel in enumerate(found.panels or (None,))
+    ]

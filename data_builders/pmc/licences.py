@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from biomedclip.licences import LICENCE_CLASSES
 from data_builders.pmc.text import normalise
@@ -152,13 +153,11 @@ def _read_statement(
     links = [href for node in element.iter("ext-link", "uri") if (href := href_of(node))]
     references = [r.text for r in element.iter(_LICENSE_REF)]
     words = _words(element)
-    sentences = _SENTENCE_END.split(words)
-    kept = [s for s in sentences if not _DATA_WAIVER.search(s)]
-    if len(kept) < len(sentences):
+    said = _read_words(words)
+    if said.waived:
         flags.add("data_waiver")
-        waived = " ".join(s for s in sentences if s not in kept)
-        about_data = {"CC0"} | {code_of_url(waived)}
-        links = [link for link in links if code_of_url(link) not in about_data or link in " ".join(kept)]
+        about_data = {"CC0"} | {code_of_url(said.waived)}
+        links = [link for link in links if code_of_url(link) not in about_data or link in said.kept]
     if re.fullmatch(r"(?:open[- ]?)?data(?:sets?)?", kind.strip(), re.IGNORECASE):
         flags.add("data_waiver")
         return
@@ -170,12 +169,31 @@ def _read_statement(
     kind_code = _code_of_type(kind)
     if kind_code:
         evidence.append(("license-type", kind, kind_code))
-    for sentence in kept:
-        for text, code in _codes_of_words(sentence):
-            evidence.append(("words", text, code))
-    _check_noncommercial(" ".join(kept), evidence)
+    evidence.extend(("words", text, code) for text, code in said.codes)
+    _check_noncommercial(said.noncommercial, evidence)
     if is_licence and _ALL_RIGHTS.search(words):
         flags.add("all_rights_reserved")
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What the words of a statement say: the part about the article, that about data only, and the codes named."""
+
+    kept: str
+    waived: str
+    codes: tuple[tuple[str, str | None], ...]
+    noncommercial: str | None
+
+
+@lru_cache(maxsize=4096)
+def _read_words(words: str) -> _Words:
+    # Publishers repeat their statement word for word, so the cache answers nearly always.
+    sentences = _SENTENCE_END.split(words)
+    waived = [s for s in sentences if _DATA_WAIVER.search(s)]
+    kept = [s for s in sentences if s not in waived]
+    codes = tuple(pair for sentence in kept for pair in _codes_of_words(sentence))
+    match = _NONCOMMERCIAL.search(" ".join(kept))
+    return _Words(" ".join(kept), " ".join(waived), codes, match[0] if match else None)
 
 
 def _words(element: Element) -> str:
@@ -234,14 +252,13 @@ def _code_of_parts(parts: set[str]) -> str | None:
     return "-".join(["CC BY", *(part.upper() for part in order)])
 
 
-def _check_noncommercial(text: str, evidence: list[tuple[str, str, str | None]]) -> None:
+def _check_noncommercial(phrase: str | None, evidence: list[tuple[str, str, str | None]]) -> None:
     """Words that allow only non-commercial use, beside a licence that allows more, are evidence against it.
 
-    Links state a licence more exactly than the phrase, so the phrase names the same licence with NC added.
+    They do not say which licence they mean, so they count as the one that is named, with NC added.
     """
     codes = {code for *_, code in evidence if code}
-    match = _NONCOMMERCIAL.search(text)
-    if match and codes and not any("NC" in code for code in codes):
+    if phrase and codes and not any("NC" in code for code in codes):
         for code in sorted(codes):
             if code.startswith("CC BY"):
-                evidence.append(("words", match[0], code.replace("CC BY", "CC BY-NC", 1)))
+                evidence.append(("words", phrase, code.replace("CC BY", "CC BY-NC", 1)))

@@ -8,12 +8,14 @@ formula would otherwise change its meaning.
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from data_builders.pmc.xml_input import Element
 
 _SKIPPED = frozenset(("annotation", "annotation-xml", "mphantom", "maligngroup", "malignmark"))
 _DOCUMENT = re.compile(r"\\begin\s*\{document\}(.*?)(?:\\end\s*\{document\}|\Z)", re.DOTALL)
 _PREAMBLE = re.compile(r"\\(?:documentclass|usepackage|setlength|oddsidemargin)\b(?:\[[^\]]*\])?(?:\{[^{}]*\})*")
+_PLAIN = re.compile(r"[+\-−–]?[\w.]*|\([^()]*\)")
 _DOLLARS = re.compile(r"^\$+|\$+$")
 
 
@@ -30,14 +32,16 @@ def strip_tex(source: str) -> str:
 
 
 def _render(element: Element) -> str:
-    name = element.tag.rpartition("}")[2].rpartition(":")[2] if isinstance(element.tag, str) else ""
+    name = _local_name(element.tag)
+    if name in _TOKENS and not len(element):
+        return (element.text or "").strip()
+    if name in _ROWS:
+        return _render_children(element)
     if not name or name in _SKIPPED:
         return ""
-    if name in _TOKENS:
-        return (element.text or "").strip() + _render_children(element)
     if name == "mspace":
         return " "
-    parts = [_render(child) for child in element if isinstance(child.tag, str)]
+    parts = [_render(child) for child in element]
     rule = _RULES.get(name)
     if rule is not None and len(parts) == rule[0]:
         return rule[1].format(*parts, *map(_group, parts))
@@ -49,9 +53,10 @@ def _render(element: Element) -> str:
         return element.get("open", "(") + inside + element.get("close", ")")
     if name in ("mtr", "mlabeledtr", "mtable"):
         return " ".join(parts) + " "
-    return (element.text or "").strip() + _render_children(element)
+    return _render_children(element)
 
 
+_ROWS = frozenset(("mrow", "math", "mstyle", "mtext", "mpadded", "semantics", "merror", "menclose", "mtd"))
 _TOKENS = frozenset(("mi", "mn", "mo", "ms"))
 _RULES = {
     # element -> (number of children, pattern); the second half of the arguments are the grouped children
@@ -66,17 +71,22 @@ _RULES = {
 }
 
 
+@cache
+def _local_name(tag: object) -> str:
+    return tag.rpartition("}")[2].rpartition(":")[2] if isinstance(tag, str) else ""
+
+
 def _render_children(element: Element) -> str:
-    parts = []
+    parts = [(element.text or "").strip()]
     for child in element:
         parts.append(_render(child))
-        if child.tail:
-            parts.append(child.tail.strip())
+        tail = child.tail
+        if tail:
+            parts.append(tail.strip())
     return "".join(parts)
 
 
 def _group(text: str) -> str:
     """The text in parentheses unless it is one character, number or word."""
     text = text.strip()
-    plain = re.fullmatch(r"[+\-−–]?[\w.]*|.|\([^()]*\)", text)
-    return text if plain else f"({text})"
+    return text if len(text) < 2 or text.isalnum() or _PLAIN.fullmatch(text) else f"({text})"

@@ -63,9 +63,9 @@ def collect_mentions(
             continue
         text = render_text(block, None, {xref: i for i, xref in enumerate(cited)})
         for place, sentence in enumerate(split_sentences(text)):
-            marks = [int(match[1]) for match in MARK.finditer(sentence)]
-            if not marks:
+            if "\x01" not in sentence:
                 continue
+            marks = [int(match[1]) for match in MARK.finditer(sentence)]
             plain = MARK.sub("", sentence)
             for mark in marks:
                 for figure, letters in _cited_figures(cited[mark], targets, labels):
@@ -81,7 +81,7 @@ def split_sentences(text: str) -> Iterator[str]:
     """The sentences of a text, which joined by single spaces are the text; `Fig. 2`, `et al. 2010` do not end one."""
     start = 0
     for match in _SENTENCE_END.finditer(text):
-        word = _LAST_WORD.search(text, start, match.start())
+        word = _LAST_WORD.search(text[max(start, match.start() - 16) : match.start()])
         if text[match.start()] == "." and word is not None:
             last = word[0].lower()
             if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
@@ -127,8 +127,11 @@ def _group_by_paragraph(
     """Paragraph -> its references to figures, in reading order."""
     blocks: dict[Element, list[Element]] = {}
     for xref in references:
-        if any(rid in targets for rid in (xref.get("rid") or "").split()):
-            block = next(xref.iterancestors(*_PARAGRAPHS), None)
+        rid = xref.get("rid") or ""
+        if rid in targets or any(part in targets for part in rid.split()):
+            block = xref.getparent()
+            while block is not None and block.tag not in _PARAGRAPHS:
+                block = block.getparent()
             if block is not None:
                 blocks.setdefault(block, []).append(xref)
     return blocks
@@ -155,7 +158,7 @@ def _cited_figures(
 ) -> Iterator[tuple[int, set[str]]]:
     """Each figure that a reference names, with the panel letters that are said of it."""
     figures = _targets_of(xref, targets)
-    text = "".join(xref.itertext())
+    text = "".join(xref.itertext()) if len(xref) else xref.text or ""
     panels = read_panels(text, xref.tail or "") if len(figures) == 1 else set()
     for figure in figures:
         yield figure, panels
@@ -174,6 +177,8 @@ def _cited_figures(
 
 def _targets_of(xref: Element, targets: Mapping[str, tuple[int, ...]]) -> list[int]:
     rids = (xref.get("rid") or "").split()
+    if len(rids) == 1:
+        return list(targets.get(rids[0], ()))
     return list(dict.fromkeys(figure for rid in rids for figure in targets.get(rid, ())))
 
 

@@ -66,6 +66,7 @@ class _Marker:
 @dataclass(frozen=True, slots=True)
 class _Chain:
     style: str
+    mode: str
     markers: tuple[_Marker, ...]
     covered: frozenset[str]
     weight: float
@@ -74,15 +75,19 @@ class _Chain:
 
 # style -> (pattern with one group %s for the letters, trust). `leading` styles put the marker before the words.
 _STYLES: dict[str, tuple[str, float]] = {
-    "bracket": (rf"(?:{_WORD}\s)?[(\[]\s?(?:{_WORD}\s)?(%s)\s?[)\]]\s?[:.,]?", 1.0),
-    "half_bracket": (rf"(?:^|(?<=[\s;:.])){_WORD}?\s?(%s)\)\s?[:.,]?", 0.95),
+    "bracket": (rf"(?:{_WORD}\s)?[(\[]\s?(?:{_WORD}\s)?(%s)(?:[;,]\s[a-z][a-z ,-]{0,40})?\s?[)\]](?:\s?:)?", 1.0),
+    "half_bracket": (rf"(?:^|(?<=[\s;:.])){_WORD}?\s?(%s)\)(?:\s?:)?", 0.95),
     "period": (rf"{_BOUNDARY}(?:{_WORD}\s)?(%s)\.(?=\s|\()", 0.9),
     "colon": (rf"(?:^|(?<=[.;,:)]\s))(?:{_WORD}\s)?(%s)\s?(?::|=|\|)(?=\s)", 0.9),
     "dash": (rf"{_BOUNDARY}(?:{_WORD}\s)?(%s)\s?[–—-](?=\s)", 0.8),
-    "comma": (rf"{_BOUNDARY}(%s),(?=\s)", 0.8),
+    "comma": (rf"{_BOUNDARY}(?:and\s)?(%s),(?=\s)", 0.8),
     "word": (r"\b[Pp]anels?\s\(?(%s)\)?", 0.85),
     "bare": (rf"{_BOUNDARY}(%s)(?=\s+[A-Z(][A-Za-z0-9-])", 0.75),
 }
+_MODES = {"after": 1.0, "before": 0.9, "around": 0.6}
+"""Where a panel's words are, seen from its marker, and the trust in such a reading. `around` is the last resort for
+captions that mix both: every sentence that names the panel."""
+
 _PATTERNS = {
     (style, upper): re.compile(pattern % _letters_pattern("[A-Z]" if upper else "[a-z]"))
     for style, (pattern, _) in _STYLES.items()
@@ -91,23 +96,28 @@ _PATTERNS = {
 _QUICK = re.compile(r"(?:^|[^A-Za-z0-9])[Bb]" + _SUB + r"(?![A-Za-z0-9])|[Aa]\s?[-–—−]\s?[A-Za-z](?![A-Za-z])")
 """No B and no range from A: no panels, which spares most captions everything below."""
 
-_ONE = re.compile(rf"([A-Za-z]){_SUB}(?![A-Za-z0-9])")
+_ONE = re.compile(rf"(?<![A-Za-z])([A-Za-z]){_SUB}(?![A-Za-z0-9])")
 _JOIN = re.compile(rf"(?:{_SEPARATOR}|\s?,\s?and\s|\s?)$")
 _REFERENCE = re.compile(
     r"(?:\b(?:in|of|as|from|see|with|than|for|also|by|panels?|figs?\.?|figures?|cells|shown|described|and|both)|[Ss]ee)\s*$"
 )
+_MEASURE = re.compile(r"\s*[=<>]|\s*[0-9.]+\s?[µμnm]m\b")
+"""After `Scale bars: (A, B)`: sizes, not panels."""
 _AFTER_MARK = re.compile(r"\s*(?:$|[.,;:)\]]|(?:and|or|but|respectively|versus|vs)\b)")
+_CAPITAL = re.compile(r"\s*[A-Z][A-Za-z]*\s")
+"""A capital after a marker begins a sentence, also where a title before it has no full stop."""
 _BEFORE_OPENING = re.compile(r"(?:^|[.;:!?)\]”\"’'])\s*$")
 _BEFORE_ITEM = re.compile(r"(?:,|\b(?:and|or|while|whereas|for))\s*$")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[0-9])")
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[Ff]ig\.)(?<!\b[Ff]igs\.)(?<!\bal\.)(?<!\bvs\.)(?<!\b[A-Za-z]\.)\s+(?=[A-Z(\[0-9])")
 _TAIL = re.compile(
     r"^(?:scale[ -]?bars?|(?:all )?error bars?|abbreviations?|see also|data (?:are|represent|were)|bars?[:=]|"
     r"statistical|\*|n\.?s\.?[ ,:=]|for (?:all|each) panels?|in all panels?|all (?:scale|panels?|images)|magnification)",
     re.IGNORECASE,
 )
 _POSITION = re.compile(
-    r"(?:^|(?<=[.;:]\s)|\b[Tt]he\s|\()(?P<name>left|right|middle|cent(?:er|re|ral)|top|bottom|upper|lower)"
-    r"(?:[- ]?(?:hand)?[- ]?(?:side)?\s?(?:panel|figure|image|plot|graph|column|row|part|half)\b|\s?:)",
+    r"\b(?P<name>left|right|middle|cent(?:er|re|ral)|top|bottom|upper|lower)"
+    r"(?:[- ](?:hand|most))?(?:[- ]side)?\s(?:panel|figure|image|picture|plot|graph)\b"
+    r"|(?:^|(?<=[.;]\s))(?P<word>left|right|middle|cent(?:er|re)|top|bottom|upper|lower)\s?:",
     re.IGNORECASE,
 )
 _POSITION_NAMES = {"upper": "top", "lower": "bottom", "center": "middle", "centre": "middle", "central": "middle"}
@@ -124,12 +134,16 @@ def split_caption(caption: str) -> PanelCaptions:
     chain = _best_chain(text) if _QUICK.search(text) else None
     if chain is None:
         return _split_by_position(text)
-    style, *mode = chain.style.split("-")
-    panels, lead = (_texts_before if mode else _texts_after)(text, chain)
-    last = max(panels, key=lambda letter: chain_end(chain, letter))
-    panels[last], tail = _cut_tail(panels[last])
-    confidence = _confidence(chain, panels)
-    return PanelCaptions(lead, dict(sorted(panels.items())), tail, f"{style}-behind" if mode else style, confidence)
+    read = {"after": _texts_after, "before": _texts_before, "around": _texts_around}[chain.mode]
+    panels, lead = read(text, chain)
+    tail = ""
+    if chain.mode == "after":
+        last = chain.markers[-1].letters
+        cut = {letter: _cut_tail(panels[letter]) for letter in last}
+        panels.update({letter: own for letter, (own, _) in cut.items()})
+        tail = cut[last[-1]][1]
+    style = chain.style if chain.mode == "after" else f"{chain.style}-{chain.mode}"
+    return PanelCaptions(lead, dict(sorted(panels.items())), tail, style, _confidence(chain, panels))
 
 
 def compose_panel_caption(captions: PanelCaptions, panel: str) -> str:
@@ -144,25 +158,27 @@ def compose_panel_caption(captions: PanelCaptions, panel: str) -> str:
     return " ".join(part for part in (own, captions.lead.strip()) if part)
 
 
-def chain_end(chain: _Chain, letter: str) -> int:
-    """Where in the text the letter's marker ends."""
-    return max((marker.end for marker in chain.markers if letter in marker.letters), default=0)
-
-
 def _best_chain(text: str) -> _Chain | None:
     chains = []
     for (style, upper), pattern in _PATTERNS.items():
         found = list(_find_markers(pattern, text, style))
         if not found:
             continue
-        for mode in ("", "-behind") if style in ("bracket", "word") else ("",):
-            markers = [_weigh(text, marker, style, behind=bool(mode)) for marker in found]
-            chain = _search(style + mode, _STYLES[style][1] * (0.9 if mode else 1.0), markers)
-            if chain is not None:
+        for mode, trust in _MODES.items() if style in ("bracket", "word") else (("after", 1.0),):
+            markers = [_weigh(text, marker, style, mode) for marker in found]
+            chain = _search(style, mode, _STYLES[style][1] * trust, markers)
+            if chain is not None and _is_plausible(chain):
                 # Upper and lower case compete on equal terms; a mixed caption is read by its commoner case.
                 chains.append((len(chain.covered) * (0.35 + chain.weight), upper, chain))
-    chains = [entry for entry in chains if entry[2].weight >= 0.3]
+    if any(upper and chain.mode == "after" and chain.weight >= 0.6 for _, upper, chain in chains):
+        # Small letters then name parts inside the panels that capitals name.
+        chains = [entry for entry in chains if entry[1]]
     return max(chains, key=lambda entry: (entry[0], entry[1]))[2] if chains else None
+
+
+def _is_plausible(chain: _Chain) -> bool:
+    """A single marker such as `regions (A-F)` must stand where a panel's does."""
+    return chain.weight >= (0.25 if len(chain.markers) > 1 else 0.75)
 
 
 def _find_markers(pattern: re.Pattern[str], text: str, style: str) -> Iterator[_Marker]:
@@ -217,28 +233,29 @@ def _expand(group: str) -> tuple[str, ...]:
     return tuple(letters) if len(set(letters)) == len(letters) else ()
 
 
-def _weigh(text: str, marker: _Marker, style: str, *, behind: bool) -> _Marker:
+def _weigh(text: str, marker: _Marker, style: str, mode: str) -> _Marker:
     """The marker with its weight: near 1 where it stands as a panel's marker does, near 0 for a mention."""
-    before, after = text[max(0, marker.start - 24) : marker.start], text[marker.end : marker.end + 16]
+    before, after = text[max(0, marker.start - 24) : marker.start], text[marker.end : marker.end + 32]
     closed = bool(_AFTER_MARK.match(after)) and text[marker.end - 1] != ":"
-    opening = bool(_BEFORE_OPENING.search(before)) or marker.start == 0
+    opening = marker.start == 0 or bool(_BEFORE_OPENING.search(before))
     item = bool(_BEFORE_ITEM.search(before))
-    mention = bool(_REFERENCE.search(before)) and not item
-    if style == "word" and not opening:
-        weight = 0.5 if text[marker.end : marker.end + 1] != ")" else 0.35
+    mention = not item and not opening and bool(_REFERENCE.search(before))
+    if mode == "around":
+        weight = 0.4 if mention else 0.9
+    elif mode == "before":
+        weight = (0.85 if closed and not opening else 0.05) * (0.2 if mention else 1.0)
     elif opening:
-        weight = 1.0
+        weight = 0.15 if closed else 1.0
+    elif _CAPITAL.match(after):
+        weight = 0.5 if mention else 0.9
     else:
-        weight = 0.6 if item else 0.3
-    if behind:
-        weight = 0.85 if closed and not opening else 0.05
-        weight *= 0.2 if mention else 1.0
-    else:
-        weight *= (0.15 if closed else 1.0) * (0.3 if mention and not opening else 1.0)
+        weight = (0.6 if item else 0.4) * (0.15 if closed else 1.0) * (0.6 if mention else 1.0)
+    if _MEASURE.match(after):
+        weight *= 0.1
     return _Marker(marker.start, marker.end, marker.letters, weight)
 
 
-def _search(style: str, trust: float, markers: list[_Marker]) -> _Chain | None:
+def _search(style: str, mode: str, trust: float, markers: list[_Marker]) -> _Chain | None:
     """The chain of markers that covers A to N without a hole, with most letters and then most weight; None below two.
 
     A beam over the markers in text order: each may open panels only if its first letter is the next that is missing
@@ -265,19 +282,49 @@ def _search(style: str, trust: float, markers: list[_Marker]) -> _Chain | None:
     key = max(whole, key=lambda mask: mask.bit_count() * 0.35 + states[mask][0])
     weight, chain = states[key]
     covered = frozenset(chr(65 + bit) for bit in range(key.bit_length()))
-    return _Chain(style, chain, covered, trust * weight / len(covered))
+    return _Chain(style, mode, chain, covered, trust * weight / len(covered))
 
 
 def _texts_after(text: str, chain: _Chain) -> tuple[dict[str, str], str]:
-    """Words after each marker, up to the next; a range's own sub-markers divide its words further."""
+    """Words after each marker, up to the next; a range's own sub-markers divide its words further.
+
+    Markers inside a sentence (`Levels after (a) saline or (b) MA`) share what the sentence says before the first.
+    """
     panels: dict[str, str] = {}
     ends = [*(marker.start for marker in chain.markers[1:]), len(text)]
+    sentences = [0, *(match.end() for match in _SENTENCE.finditer(text))]
+    lead_end = chain.markers[0].start
+    heads: dict[int, str] = {}
     for marker, end in zip(chain.markers, ends, strict=True):
         words = text[marker.end : end]
+        sentence = max(start for start in sentences if start <= marker.start)
+        if sentence not in heads:
+            head = text[sentence : marker.start].strip()
+            heads[sentence] = "" if _is_opening(text, marker, head) else head
+            if marker is chain.markers[0] and heads[sentence]:
+                lead_end = sentence
         parts = _divide_group(words, marker.letters, chain.style) if len(marker.letters) > 1 else None
         for letter in marker.letters:
-            panels[letter] = _trim(parts[letter] if parts else words)
-    return panels, text[: chain.markers[0].start].strip()
+            panels[letter] = f"{heads[sentence]} {_trim(parts[letter] if parts else words)}".strip()
+    return panels, text[:lead_end].strip()
+
+
+def _is_opening(text: str, marker: _Marker, head: str) -> bool:
+    return not head or bool(_BEFORE_OPENING.search(head) or _CAPITAL.match(text[marker.end : marker.end + 32]))
+
+
+def _texts_around(text: str, chain: _Chain) -> tuple[dict[str, str], str]:
+    """For each panel the sentences that name it, and as lead all sentences that name none."""
+    sentences = _SENTENCE.split(text)
+    named: list[set[str]] = [set() for _ in sentences]
+    panels: dict[str, str] = {}
+    for upper in (True, False):
+        for sentence, names in zip(sentences, named, strict=True):
+            for marker in _find_markers(_PATTERNS[chain.style, upper], sentence, chain.style):
+                names.update(chain.covered.intersection(marker.letters))
+    for letter in sorted(chain.covered):
+        panels[letter] = " ".join(words for words, names in zip(sentences, named, strict=True) if letter in names)
+    return panels, " ".join(words for words, names in zip(sentences, named, strict=True) if not names)
 
 
 def _divide_group(words: str, letters: tuple[str, ...], style: str) -> dict[str, str] | None:
@@ -290,7 +337,7 @@ def _divide_group(words: str, letters: tuple[str, ...], style: str) -> dict[str,
         position = 0
         for marker in _find_markers(pattern, words, style):
             wanted = letters[position] if position < len(letters) else None
-            closed = _AFTER_MARK.match(words[marker.end : marker.end + 16])
+            closed = _AFTER_MARK.match(words[marker.end : marker.end + 32])
             if marker.letters == (wanted,) and not closed:
                 inner.append(marker)
                 position += 1
@@ -343,26 +390,25 @@ def _confidence(chain: _Chain, panels: Mapping[str, str]) -> float:
     confidence = chain.weight * (1 - 0.6 * wordless / len(panels))
     gaps = [second.start - first.end for first, second in pairwise(chain.markers)]
     if gaps and max(gaps) < 12:
-        confidence *= 0.5  # a list of abbreviations rather than of panels
+        confidence *= 0.8  # may be a list of abbreviations instead of panels
     return round(min(confidence, 1.0), 3)
 
 
 def _split_by_position(text: str) -> PanelCaptions:
     """Panels that the caption calls left and right, or top and bottom; each name may open only one."""
-    found: dict[str, re.Match[str]] = {}
+    found: dict[str, int] = {}
     for match in _POSITION.finditer(text):
-        name = match["name"].lower()
-        found.setdefault(_POSITION_NAMES.get(name, name), match)
+        name = (match["name"] or match["word"]).lower()
+        found.setdefault(_POSITION_NAMES.get(name, name), match.start())
     if tuple(sorted(found)) not in {tuple(sorted(names)) for names in _POSITION_SETS}:
         return PanelCaptions(text)
-    ordered = sorted(found.items(), key=lambda item: item[1].start())
-    starts = [_sentence_start(text, match.start()) for _, match in ordered]
+    names = sorted(found, key=lambda name: found[name])
+    starts = [_sentence_start(text, found[name]) for name in names]
     if len(set(starts)) < len(starts):
-        return PanelCaptions(text)
+        return PanelCaptions(text[: starts[0]].strip(), dict.fromkeys(names, text[starts[0] :]), "", "position", 0.4)
     ends = [*starts[1:], len(text)]
-    panels = {name: text[start:end].strip() for (name, _), start, end in zip(ordered, starts, ends, strict=True)}
-    last = ordered[-1][0]
-    panels[last], tail = _cut_tail(panels[last])
+    panels = {name: text[start:end].strip() for name, start, end in zip(names, starts, ends, strict=True)}
+    panels[names[-1]], tail = _cut_tail(panels[names[-1]])
     return PanelCaptions(text[: starts[0]].strip(), panels, tail, "position", 0.6)
 
 

@@ -35,7 +35,7 @@ _PERMISSION = re.compile(
     re.IGNORECASE,
 )
 _COPIED = re.compile(
-    r"\b(?:reproduced|reprinted|republished|taken|copied|excerpted)\s+(?:with\s+\w+\s+)?from\s+"
+    r"\b(?:reproduced|reprinted|republished|taken|copied|excerpted)\s(?:with\s\w+\s)?from\s+"
     r"(?!fig|table|panel|the same|supplement|above|our|a |an |the (?:same|left|right|top|bottom|area|region|site|box|cent)"
     r"|mice|mouse|rats?\b|patient|subject|animal|participant|each|both|one|two|three|wild|\w+ (?:mice|rats|patients)\b)",
     re.IGNORECASE,
@@ -49,11 +49,11 @@ _COPYRIGHT = re.compile(
 _ADAPTED = re.compile(
     r"\b(?:adapted|modified|redrawn|reproduced|reprinted|derived)\s+(?:\w+\s+){0,2}?(?:from|after)\b", re.IGNORECASE
 )
-_HINT = re.compile(
-    r"permission|©|\(c\)|copyr|copywr|courtesy|reserved|under licen|reproduced|reprinted|republ|taken|copied|excerpt"
-    r"|adapted|modified|redrawn|derived",
-    re.IGNORECASE,
-)
+# One of its hints stands in whatever an expression matches, which spares most captions all of them.
+_PERMISSION_HINTS = ("permission", "reserved", "under licen", "courtesy")
+_COPYRIGHT_HINTS = ("©", "(c)", "copyr", "copywr")
+_COPIED_HINTS = ("reproduced", "reprinted", "republished", "taken from", "taken with", "copied", "excerpted")
+_ADAPTED_HINTS = ("adapted", "modified", "redrawn", "reproduced", "reprinted", "derived")
 _CREDIT = re.compile(r"\b(?:credits?|source|photo\w*|images?|illustrations?|artwork|drawing)\b[^:]{0,30}(?::|\bby\b)", re.I)
 _AUTHORS = re.compile(r"\bauthors?\b", re.IGNORECASE)
 
@@ -69,10 +69,13 @@ class Rights:
 
 def words_of_others(text: str) -> bool:
     """Whether a caption says that another party holds rights in the figure, or that it was copied from elsewhere."""
-    if _HINT.search(text) is None:
-        return False
-    if _PERMISSION.search(text) or _COPYRIGHT.search(text):
+    lower = text.lower()
+    if _has(lower, _PERMISSION_HINTS) and _PERMISSION.search(text):
         return True
+    if _has(lower, _COPYRIGHT_HINTS) and _COPYRIGHT.search(text):
+        return True
+    if not _has(lower, _COPIED_HINTS):
+        return False
     # `taken from` is copying only where a source is named next; else it tells where a sample was taken.
     return any(_REFERENCE.search(text[match.end() : match.end() + 90]) for match in _COPIED.finditer(text))
 
@@ -89,7 +92,7 @@ def read_rights(
     text = f"{text} {credits}" if credits else text
     third_party = words_of_others(text) or _CREDIT.search(credits) is not None
     flags = ["has_attribution"] if credits else []
-    if _HINT.search(text) and _ADAPTED.search(text):
+    if _has(text.lower(), _ADAPTED_HINTS) and _ADAPTED.search(text):
         flags.append("adapted")
     licence = None
     for element in permissions:
@@ -113,3 +116,7 @@ def read_holders(permissions: Element | None) -> frozenset[str]:
     texts = (normalise("".join(node.itertext())).lower() for node in permissions if node.tag in tags)
     return frozenset(text for text in texts if text)
 
+
+
+def _has(text: str, hints: tuple[str, ...]) -> bool:
+    return any([hint in text for hint in hints])  # a list, because a generator costs more than the searches

@@ -83,8 +83,11 @@ _BOILERPLATE = re.compile(
     ),
     re.IGNORECASE,
 )
-_BOILERPLATE_WORDS = ("full", "view", "lick here", "ownload", "colo", "Colo", "doi", "DOI", "Doi", "(")
-"""One of these stands in every match, which spares most captions the expression above."""
+_BOILERPLATE_HINTS = (
+    *("full size", "full-size", "view larg", "click here", "download", "viewed", "online", "web version", "doi"),
+    *("www.", "available"),
+)
+"""One of these stands in every match but that of a file type, `(DOCX)`, which ends the caption."""
 
 
 def render_text(element: Element, flags: set[str] | None = None, marked: Marked | None = None) -> str:
@@ -99,7 +102,9 @@ def render_text(element: Element, flags: set[str] | None = None, marked: Marked 
 def normalise(text: str) -> str:
     """Text with runs of any whitespace as one space and without invisible characters."""
     text = " ".join(text.split())
-    return " ".join(text.translate(_INVISIBLE).split()) if _HAS_INVISIBLE.search(text) else text
+    if text.isascii() or not _HAS_INVISIBLE.search(text):
+        return text
+    return " ".join(text.translate(_INVISIBLE).split())
 
 
 def caption_text(caption: Element, flags: set[str], *, fast: bool = True) -> str:
@@ -126,7 +131,8 @@ def caption_text(caption: Element, flags: set[str], *, fast: bool = True) -> str
 
 def remove_boilerplate(text: str, flags: set[str]) -> str:
     """A caption without phrases that the journal's web page put there; adds `boilerplate_removed` where it had any."""
-    if not any(word in text for word in _BOILERPLATE_WORDS):
+    lower = text.lower()
+    if "(" not in lower[-16:] and not any([hint in lower for hint in _BOILERPLATE_HINTS]):
         return text
     shorter, count = _BOILERPLATE.subn(" ", text)
     if not count:

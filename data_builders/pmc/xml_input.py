@@ -45,6 +45,7 @@ _BOMS = (
 )
 _UTF16_WITHOUT_BOM = ((b"<\x00", "utf-16-le"), (b"\x00<", "utf-16-be"))
 _ENTITY = re.compile(rb"<!\[CDATA\[.*?\]\]>|&([A-Za-z][A-Za-z0-9.-]*);", re.DOTALL)
+_ENTITY_NAME = re.compile(rb"&([A-Za-z][A-Za-z0-9.-]*);")
 _PREDEFINED = frozenset((b"amp", b"lt", b"gt", b"quot", b"apos"))
 _ILLEGAL_CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\r")
 _ILLEGAL_REFERENCE = re.compile(rb"&#(?:0*(?:[0-8]|1[124-9]|2[0-9]|3[01])|[xX]0*(?:[0-8]|[bcef]|1[0-9a-f]));", re.I)
@@ -99,7 +100,8 @@ def substitute_entities(xml: bytes, flags: set[str] | None = None) -> bytes:
             flags.add("unknown_entity")
         return b"&amp;" + name + b";"
 
-    return _ENTITY.sub(replace, xml) if b"&" in xml else xml
+    names = set(_ENTITY_NAME.findall(xml))
+    return xml if names <= _PREDEFINED else _ENTITY.sub(replace, xml)
 
 
 def _entity_text(name: str) -> str | None:
@@ -123,31 +125,36 @@ _ISO_GREEK = {
 
 
 def cut_references(xml: bytes) -> bytes:
-    """The XML without the reference lists of its back matter, or unchanged where that could remove anything else.
+    """The XML without its reference lists, or unchanged where that could remove anything else.
 
-    Left alone: nested lists, lists with figures, figure citations, comments, processing instructions or CDATA.
+    Left alone are lists with figures, and those where the tags found may stand in a comment, instruction or CDATA
+    section. Where a tag was wrong otherwise (nested lists), what is left is no XML, and the caller parses the whole.
     """
-    back = xml.find(b"<back")
-    if back < 0:
-        return xml
     kept, position = [], 0
-    start = xml.find(b"<ref-list", back)
+    start = xml.find(b"<ref-list")
     while start >= 0:
         end = xml.find(b"</ref-list>", start)
-        if end < 0:
+        if end < 0 or not _is_plain(xml[start:end]):
             return xml
         end += len(b"</ref-list>")
-        inner = xml[start:end]
-        if xml.find(b"<ref-list", start + 1, end) >= 0 or any(mark in inner for mark in _NOT_TO_CUT):
-            return xml
         kept.append(xml[position:start])
         position = end
         start = xml.find(b"<ref-list", end)
+    if not kept:
+        return xml
     kept.append(xml[position:])
     return b"".join(kept)
 
 
-_NOT_TO_CUT = (b"<fig", b"<graphic", b'"fig"', b"'fig'", b"<!", b"-->", b"<?", b"]]>", b"article>")
+def _is_plain(markup: bytes) -> bool:
+    """Whether no figure is inside, and every comment, instruction or CDATA section that ends inside began inside."""
+    for opening, closing in ((b"<!--", b"-->"), (b"<?", b"?>"), (b"<![CDATA[", b"]]>")):
+        end = markup.find(closing)
+        if end >= 0 and (
+            not 0 <= markup.find(opening) < end or markup.count(opening) != markup.count(closing)
+        ):
+            return False
+    return b"<fig" not in markup
 
 
 def href_of(element: Element) -> str | None:
@@ -183,7 +190,7 @@ def _parse(xml: bytes, flags: set[str], cut: bool) -> Element | None:
     xml = xml.lstrip()
     if cut:
         shorter = cut_references(xml)
-        if shorter is not xml:
+        if len(shorter) < len(xml):
             try:
                 return etree.fromstring(shorter, _STRICT)
             except etree.XMLSyntaxError:
