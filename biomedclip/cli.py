@@ -116,7 +116,11 @@ def evaluate(
         return _print_config(settings)
     from biomedclip.evaluation.evaluate import evaluate as run
     from biomedclip.evaluation.report import results_table
+    from data_builders.build import resolve_root
 
+    # `sample://NAME` stands for data that comes with the project; only the builders know where that lies.
+    data = {task: str(resolve_root(path)) for task, path in settings.data.items()}
+    settings = settings.model_copy(update={"data": data})
     typer.echo(results_table(run(settings, out, progress=terminal)))
 
 

@@ -11,7 +11,6 @@ never touched: the same config over the same input is returned as it is, anythin
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from data_builders.filters import Filter, FilterConfig, apply_filters, make_filt
 from data_builders.pmc.pairs import PmcConfig
 
 UNFINISHED = ".building.json"
-"""Marks a folder that a build has begun to fill, and by which config; gone when the manifest is there."""
+"""Marks a folder that a build has begun to fill, so that nobody else's files are overwritten; gone when it is done."""
 
 SAMPLE_SCHEME = "sample://"
 
@@ -294,15 +293,14 @@ def _finished(out: Path, identity: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _claim(out: Path, identity: Mapping[str, str]) -> None:
-    """Mark `out` as being built. Raises ConfigError where it holds files that no build of this config left there."""
+    """Mark `out` as being built. Raises ConfigError where it holds files that no build left there.
+
+    What an interrupted build left is overwritten, whatever its config: nothing in it was finished.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(out, "is a file", todo="name a folder")
-    marker = out / UNFINISHED
-    if marker.exists():
-        if json.loads(marker.read_bytes()) != identity:
-            raise ConfigError(out, "holds an unfinished build of another config or input",
-                              todo="name another folder, or delete this one")  # fmt: skip
-    elif out.exists() and any(path for path in out.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)):
-        found = next(path.name for path in sorted(out.iterdir()))
-        raise ConfigError(out, "holds other files", found=found, todo="name an empty or a new folder")
-    write_json(marker, dict(identity))
+    if out.exists() and not (out / UNFINISHED).exists():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY_PREFIX))
+        if others:
+            raise ConfigError(out, "holds other files", found=others[0], todo="name an empty or a new folder")
+    write_json(out / UNFINISHED, dict(identity))

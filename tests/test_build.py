@@ -156,15 +156,16 @@ def test_other_peoples_files_are_never_overwritten(source: Path, tmp_path: Path)
         build(config(source), tmp_path / "00000.tar")
 
 
-def test_an_unfinished_build_of_another_config_is_not_taken_over(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_an_interrupted_build_of_another_config_left_is_replaced(
+    built: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(DatasetWriter, "finish", fail)
         with pytest.raises(KeyboardInterrupt):
-            build(config(source), tmp_path / "out")
-    with pytest.raises(ConfigError, match="holds an unfinished build of another config or input"):
-        build(config(source, shuffle_seed=5), tmp_path / "out")
+            build(config(source, shards={"max_samples": 1}), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.tar"))) > len(list(built.glob("*.tar")))
+    build(config(source), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(built)
 
 
 def fail(*arguments: Any, **options: Any) -> Any:
@@ -305,6 +306,23 @@ def test_bad_input_is_a_row_of_the_ledger_and_the_rest_is_built(
         len(expected) if THREE not in expected else 3
     )
     assert verify(tmp_path / "out") == []
+
+
+def test_a_labelled_set_is_built_by_the_same_rules(tmp_path: Path) -> None:
+    labels = {"kind": "labels", "root": "sample://bccd", "recipe": "bccd", "splits": ["val"]}
+    for out in ("one", "two"):
+        manifest = build(config("", source=labels, licence="commercial"), tmp_path / out)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert verify(tmp_path / "one") == []
+    assert manifest["ledger"] == {"seen": 214, "kept": 214, "dropped": {}}
+    assert (manifest["licences"], manifest["sources"]) == ({"MIT": 214}, {"bccd": 214})
+    assert "articles" not in manifest["provenance"]
+    assert "notices" not in manifest["provenance"]
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == ["mit"]
+    assert "https://github.com/Shenggan/BCCD_Dataset" in card
+    with pytest.raises(ConfigError, match="holds a finished dataset of another config"):
+        build(config("", source=labels | {"splits": ["test"]}, licence="commercial"), tmp_path / "one")
 
 
 def test_no_image_is_kept_whose_licence_the_preset_does_not_admit_whatever_the_source_says(

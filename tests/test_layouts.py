@@ -1,5 +1,6 @@
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -307,3 +308,121 @@ def test_a_broken_picture_names_its_sample(folder):
     (folder / "train" / "cat" / "p0_0.png").unlink()
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_rgb(manifest, row)
+
+
+# what a data set may do wrong without meaning harm, and with
+
+
+def test_a_stray_folder_does_not_turn_splits_into_classes(folder):
+    save(folder / "masks" / "cat" / "m.png")
+    with pytest.raises(DataError, match=r"Testing, train beside masks.*exclude: \['masks/\*'\]"):
+        read_manifest("image_folder", folder)
+    manifest = read_manifest("image_folder", folder, exclude=["masks/*"])
+    assert {row.split for row in manifest.rows} == {"train", "test"}
+    assert [drop.reason for drop in manifest.drops] == ["excluded"]
+
+
+def test_a_link_is_counted(folder):
+    (folder / "train" / "cat" / "link.png").symlink_to(folder / "train" / "cat" / "p0_0.png")
+    drops = read_manifest("image_folder", folder).drops
+    assert [(drop.item, drop.reason) for drop in drops] == [("train/cat/link.png", "symbolic_link")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("image_folder", {"exclude": "*_mask.png"}), ("csv", {"table": 5, "image": "file"}),
+     ("csv", {"table": "labels.csv", "image": "file", "label_columns": ["cat"], "values": {"1": "postive"}})],
+)  # fmt: skip
+def test_an_option_of_the_wrong_type_is_refused_before_it_is_misread(folder, layout, options):
+    with pytest.raises(ConfigError, match=r"^layout\."):
+        read_manifest(layout, folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('file,label\ntrain/cat/p0_0.png,"cat\ntrain/dog/p1_0.png,dog\n', "is not csv: unexpected end of data"),
+        ("file,label\ntrain/cat/p0_0.png," + "x" * 140_000 + "\n", "is not csv: field larger than field limit"),
+        ("file,label\ntrain/cat/p0_0.png,c\0t\n", "(NUL|line contains)"),
+    ],
+)
+def test_a_table_that_would_be_misread_is_one_line(folder, text, message):
+    table = write_table(folder, text)
+    with pytest.raises(DataError, match=message):
+        read_manifest("csv", folder, table=table, image="file", label="label")
+
+
+def test_json_lines_may_hold_a_line_separator_and_cannot_exhaust_the_stack(folder):
+    good = json.dumps({"file": "train/cat/p0_0.png", "label": "a\u2028b"}, ensure_ascii=False)
+    table = write_table(folder, good + "\n", "good.jsonl")
+    assert read_manifest("csv", folder, table=table, image="file", label="label").classes == ("a\u2028b",)
+    table = write_table(folder, "[" * 100_000 + "\n", "deep.jsonl")
+    with pytest.raises(DataError, match=r"row 1: is not JSON"):
+        read_manifest("csv", folder, table=table, image="file", label="label")
+
+
+def test_a_row_without_a_picture_is_counted(folder):
+    table = write_table(folder, "file,label\n,cat\ntrain/dog/p1_0,dog\n")
+    manifest = read_manifest("csv", folder, table=table, image="file", label="label", suffix=".png")
+    assert [drop.reason for drop in manifest.drops] == ["no_image_named"]
+
+
+def plain_npz(path, **changes):
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = np.tile(np.arange(28, dtype=np.uint8), (40, 28, 1))
+        arrays[f"{split}_labels"] = (np.arange(40) % 2).astype(np.uint8)[:, None]
+    np.savez_compressed(path, **(arrays | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_labels": np.full((40, 1), 0.5)}, "labels that are no integers"),
+        ({"val_labels": np.full((40, 1), "x")}, "labels that are no integers"),
+        ({"val_images": np.zeros((40, 28, 28, 28), np.uint8)}, "volumes need the volume layout"),
+        ({"val_images": np.zeros((40, 28, 28), np.float32)}, "8-bit"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused_at_once(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        read_manifest("medmnist_npz", plain_npz(tmp_path / "set.npz", **changes), classes=["a", "b"])
+
+
+def test_no_damaged_byte_of_an_npz_escapes_as_another_error(tmp_path):
+    data = plain_npz(tmp_path / "good.npz").read_bytes()
+    refused = 0
+    for position in range(0, len(data), 13):
+        path = tmp_path / f"{position}.npz"
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        try:
+            read_manifest("medmnist_npz", path, classes=["a", "b"])
+        except DataError:
+            refused += 1
+    assert refused > 30
+
+
+def test_an_npy_called_npz_and_an_absurd_size_are_one_line(tmp_path):
+    path = tmp_path / "a.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+        read_manifest("medmnist_npz", path, classes=["a", "b"])
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 28, 28)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train_images.npy", header.getvalue())
+    with pytest.raises(DataError, match="does not fit into memory"):
+        read_manifest("medmnist_npz", path, classes=["a", "b"])
+
+
+def test_a_replaced_npz_is_read_anew_and_has_another_hash(tmp_path):
+    path = plain_npz(tmp_path / "set.npz")
+    before = read_manifest("medmnist_npz", path, classes=["a", "b"])
+    seen = np.asarray(read_rgb(before, before.rows[0]))
+    plain_npz(path, test_images=np.full((40, 28, 28), 7, np.uint8))
+    after = read_manifest("medmnist_npz", path, classes=["a", "b"])
+    assert after.rows == before.rows
+    assert after.sha256 != before.sha256
+    assert not np.array_equal(seen, np.asarray(read_rgb(after, after.rows[0])))

@@ -11,9 +11,10 @@ import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from biomedclip import images
 from biomedclip.errors import ConfigError, DataError
@@ -55,6 +56,14 @@ def _check_options(layout: str, read: Callable[..., Manifest], options: dict[str
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known options: {', '.join(known)}"
             raise ConfigError(f"layout.{option}", f"is no option of layout '{layout}'", todo=hint)
+    hints = get_type_hints(read)
+    for option, value in options.items():
+        try:
+            # A string is a sequence of strings too: `exclude: "*.png"` would exclude everything, letter by letter.
+            TypeAdapter(hints[option]).validate_python(value)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(f"layout.{option}", wrong[0].lower() + wrong[1:], found=repr(value)[:60]) from None
     for parameter in parameters:
         if parameter.default is inspect.Parameter.empty and parameter.name not in options:
             raise ConfigError(f"layout.{parameter.name}", f"is missing; layout '{layout}' needs it")

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from biomedclip.errors import DataError
 from biomedclip.layouts.manifest import make_manifest
 from biomedclip.schema import SPLITS, ImageRef, LabelKind, LabelledImage, Manifest
-from biomedclip.shards import DatasetFolder, Sample
+from biomedclip.shards import MANIFEST, DatasetFolder, Sample
 
 
 def read_dataset(
@@ -39,20 +40,33 @@ def read_dataset(
                     text=dataset.read(row).caption,
                 )
             )
-    return make_manifest(name, root, rows, kind=kind, classes=classes)
+    content = [shard["sha256"] for shard in dataset.manifest["shards"]]
+    return make_manifest(name, root, rows, kind=kind, classes=classes, content=content)
 
 
 def read_sample(root: str, key: str) -> Sample:
-    """One sample of a dataset folder by key."""
-    return open_dataset(root).read(_rows(root)[key])
+    """One sample of a dataset folder by key. Raises DataError where the folder has none of that key."""
+    row = _rows(root, _stamp(root)).get(key)
+    if row is None:
+        raise DataError(f"{root}: {key}", "is not in this dataset", todo="read the manifest again")
+    return open_dataset(root).read(row)
+
+
+def open_dataset(root: str) -> DatasetFolder:
+    """The dataset folder, opened once for as long as it is not built anew."""
+    return _open(root, _stamp(root))
+
+
+def _stamp(root: str) -> int:
+    path = Path(root) / MANIFEST
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 @lru_cache(maxsize=8)
-def open_dataset(root: str) -> DatasetFolder:
-    """The dataset folder, opened once."""
+def _open(root: str, stamp: int) -> DatasetFolder:
     return DatasetFolder(root)
 
 
 @lru_cache(maxsize=8)
-def _rows(root: str) -> dict[str, dict[str, object]]:
-    return {row["key"]: row for row in open_dataset(root).index.to_pylist()}
+def _rows(root: str, stamp: int) -> dict[str, dict[str, object]]:
+    return {row["key"]: row for row in _open(root, stamp).index.to_pylist()}

@@ -34,17 +34,16 @@ def read_image_folder(
     `exclude` are globs over the relative path; `splits` maps folder names to splits, `split` names the only one;
     `group_pattern` is a regular expression whose first group, matched in the relative path, is the group id.
     """
-    names = {key.lower() for key in (*SPLIT_NAMES, *(splits or {}))}
-    top = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not top:
-        raise DataError(root, "holds no class folders", todo="put the pictures into one folder a class")
-    with_splits = split is None and all(folder.lower() in names for folder in top)
+    if not root.is_dir():
+        raise DataError(root, "is not a folder", todo="name the folder that holds the class folders")
+    files = [(relative, _refuse(root / relative, relative, exclude)) for relative in _walk(root)]
+    with_splits = split is None and _has_splits(root, files, splits or {})
     pattern = _compile(group_pattern)
     rows, drops = [], []
-    for relative in _walk(root):
+    for relative, refused in files:
         parts = relative.split("/")
         depth = 3 if with_splits else 2
-        reason = _refuse(relative, exclude) or ("not_in_a_class_folder" if len(parts) < depth else None)
+        reason = refused or ("not_in_a_class_folder" if len(parts) < depth else None)
         if reason:
             drops.append(Drop(source=name, item=relative, reason=reason))
             continue
@@ -58,22 +57,40 @@ def read_image_folder(
                 group_id=found.group(1) if found else None,
             )
         )
-    return make_manifest(name, root, rows, kind="single", classes=classes, drops=drops)
+    sizes = [(root / row.image.path).stat().st_size for row in rows]
+    return make_manifest(name, root, rows, kind="single", classes=classes, drops=drops, content=sizes)
+
+
+def _has_splits(root: Path, files: Sequence[tuple[str, str | None]], splits: dict[str, str]) -> bool:
+    """Whether the first level is splits. Raises DataError where only some of its folders are called like one, because
+    either reading would be silently wrong: a stray `masks/` would turn train and test into classes."""
+    top = sorted({relative.split("/")[0] for relative, refused in files if not refused and "/" in relative})
+    if not top:
+        raise DataError(root, "holds no class folders with pictures", todo="put the pictures into one folder a class")
+    names = {key.lower() for key in (*SPLIT_NAMES, *splits)}
+    others = [folder for folder in top if folder.lower() not in names]
+    if others and len(others) < len(top):
+        found = f"{', '.join(folder for folder in top if folder not in others)} beside {', '.join(others[:3])}"
+        raise DataError(root, "has folders called like splits beside others", found=found,
+                        todo=f"exclude: ['{others[0]}/*'], or map it in splits, or give split")  # fmt: skip
+    return not others
 
 
 def _walk(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root).as_posix()
-        # A link could lead anywhere, and a hidden file is the file manager's, not the data set's.
-        if path.is_file() and not path.is_symlink() and not any(p.startswith(".") for p in relative.split("/")):
+        # A hidden file is the file manager's, not the data set's.
+        if path.is_file() and not any(p.startswith(".") for p in relative.split("/")):
             yield relative
 
 
-def _refuse(relative: str, exclude: Sequence[str]) -> str | None:
+def _refuse(path: Path, relative: str, exclude: Sequence[str]) -> str | None:
     if any(fnmatchcase(relative, glob) for glob in exclude):
         return "excluded"
     if Path(relative).suffix.lower() not in IMAGE_SUFFIXES:
         return "not_an_image_file"
+    if path.is_symlink():
+        return "symbolic_link"  # it could lead anywhere
     return None
 
 

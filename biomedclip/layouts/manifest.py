@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from biomedclip.errors import DataError
 from biomedclip.files import sha256_json
@@ -32,10 +33,13 @@ def make_manifest(
     kind: LabelKind,
     classes: Sequence[str] | None = None,
     drops: Iterable[Drop] = (),
+    content: Sequence[Any] = (),
 ) -> Manifest:
     """A checked manifest, rows in order of sample id.
 
-    `classes` gives the label ids; where it is None they are the labels found, sorted. Raises DataError for duplicate
+    `classes` gives the label ids; where it is None they are the labels found, sorted. `content` are facts of the
+    pictures that come for free (file sizes, checksums of an archive): they enter the hash, so that embeddings cached
+    under it do not outlive pictures that changed under the same names. Raises DataError for duplicate
     rows, labels that are not among `classes`, and a set without a row.
     """
     ordered = tuple(sorted(rows, key=lambda row: row.sample_id))
@@ -54,7 +58,7 @@ def make_manifest(
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"declared classes: {', '.join(known)}"
         raise DataError(f"{root}: {sample}", "has a label that is not declared", found=repr(label), todo=hint)
-    facts = [kind, list(known), [asdict(row) for row in ordered]]
+    facts = [kind, list(known), [asdict(row) for row in ordered], list(content)]
     return Manifest(
         name=name, root=str(root), kind=kind, classes=known, rows=ordered, drops=tuple(drops),
         sha256=sha256_json(facts),

@@ -11,13 +11,18 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.layouts.manifest import check_path, make_manifest, name_split
 from biomedclip.schema import Drop, ImageRef, LabelKind, LabelledImage, Manifest
 
-DEFAULT_VALUES = {"1": "positive", "1.0": "positive", "0": "negative", "0.0": "negative", "-1": "uncertain",
-                  "-1.0": "uncertain", "": "unmentioned"}  # fmt: skip
+State = Literal["positive", "negative", "uncertain", "unmentioned"]
+
+DEFAULT_VALUES: dict[str, State] = {
+    "1": "positive", "1.0": "positive", "0": "negative", "0.0": "negative",
+    "-1": "uncertain", "-1.0": "uncertain", "": "unmentioned",
+}  # fmt: skip
 """What a cell of a class column says."""
 
 
@@ -30,7 +35,7 @@ def read_table(
     label: str | None = None,
     label_columns: Sequence[str] = (),
     label_separator: str | None = None,
-    values: Mapping[str, str] | None = None,
+    values: Mapping[str, State] | None = None,
     names: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     kind: LabelKind | None = None,
@@ -52,7 +57,8 @@ def read_table(
     """
     rows: list[LabelledImage] = []
     drops: list[Drop] = []
-    path = root / table
+    sizes: dict[str, int] = {}
+    path = root / check_path(table, "layout.table")
     wanted = [column for column in (image, label, split, group, text, *label_columns, *attributes, *(filter or {}))
               if column]  # fmt: skip
     for number, cells in _read_cells(path):
@@ -61,8 +67,13 @@ def read_table(
             raise DataError(where, f"has no column '{missing[0]}'", found=", ".join(cells), todo="name a column it has")
         if any(cells[column] != value for column, value in (filter or {}).items()):
             continue
+        if not cells[image].strip():
+            drops.append(Drop(source=name, item=f"{table} row {number}", reason="no_image_named"))
+            continue
         relative = check_path(f"{folder}/{cells[image]}{suffix}" if folder else f"{cells[image]}{suffix}", where)
-        if not (root / relative).is_file():
+        try:
+            sizes[relative] = (root / relative).stat().st_size
+        except (OSError, ValueError):
             drops.append(Drop(source=name, item=relative, reason="missing_file", detail=f"row {number}"))
             continue
         said = _read_labels(cells, label, label_columns, label_separator, values or DEFAULT_VALUES, names or {}, where)
@@ -80,7 +91,8 @@ def read_table(
                         todo="check the folder, or the layout's folder and suffix")  # fmt: skip
     many = bool(label_columns or label_separator)
     inferred: LabelKind = "multi" if many else ("single" if label else "caption")
-    return make_manifest(name, root, rows, kind=kind or inferred, classes=classes, drops=drops)
+    return make_manifest(name, root, rows, kind=kind or inferred, classes=classes, drops=drops,
+                         content=[size for _, size in sorted(sizes.items())])  # fmt: skip
 
 
 def _read_labels(
@@ -88,15 +100,15 @@ def _read_labels(
     label: str | None,
     columns: Sequence[str],
     separator: str | None,
-    values: Mapping[str, str],
+    values: Mapping[str, State],
     names: Mapping[str, str],
     where: str,
 ) -> dict[str, tuple[str, ...]]:
     """`labels`, `negatives` and `uncertain` of one row."""
-    states: dict[str, list[str]] = {"positive": [], "negative": [], "uncertain": [], "unmentioned": []}
+    states: dict[State, list[str]] = {"positive": [], "negative": [], "uncertain": [], "unmentioned": []}
     for column in columns:
         state = values.get(cells[column].strip())
-        if state not in states:
+        if state is None:
             raise DataError(where, f"column '{column}' holds a value that values does not explain",
                             found=repr(cells[column]), todo=f"known: {', '.join(map(repr, values))}")  # fmt: skip
         states[state].append(names.get(column, column))
@@ -122,28 +134,39 @@ def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}: row {line}", "is not UTF-8", found=f"byte {error.object[error.start]:#x}",
                         todo="save the table as UTF-8") from None  # fmt: skip
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         yield from _read_jsonl(data, path)
         return
-    if path.suffix not in (".csv", ".tsv", ".txt"):
+    if suffix not in (".csv", ".tsv", ".txt"):
         raise ConfigError("layout.table", "is not csv, tsv or jsonl", found=path.name)
-    reader = csv.DictReader(io.StringIO(data, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(data, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    try:
+        yield from _check_cells(reader, path)
+    except csv.Error as error:
+        # Strict: an unclosed quote would otherwise swallow the rest of the table into one cell.
+        raise DataError(f"{path}: row {reader.line_num}", f"is not csv: {error}", todo="mend the row") from None
+
+
+def _check_cells(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):
         raise DataError(path, "names a column twice", found=", ".join(columns), todo="rename one of them")
     for cells in reader:
+        if any("\0" in text for text in cells.values() if isinstance(text, str)):
+            raise DataError(f"{path}: row {reader.line_num}", "holds a NUL byte", todo="save the table as text")
         if None in cells or None in cells.values():
             raise DataError(f"{path}: row {reader.line_num}", f"has not {len(columns)} cells", todo="mend the row")
         yield reader.line_num, cells
 
 
 def _read_jsonl(data: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.split("\n"), 1):  # not splitlines: JSON text may hold U+2028 as it is
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: row {number}", f"is not JSON: {error}", todo="mend the row") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}: row {number}", "is not an object", found=type(record).__name__)

@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from biomedclip.errors import ConfigError, DataError
+from biomedclip.errors import ConfigError
 from biomedclip.images import MAX_PIXELS, read_rgb
 from biomedclip.stream.plan import draw_int
 
@@ -165,7 +165,7 @@ def augment(
 ) -> np.ndarray:
     """(H, W, 3) uint8 training pixels; `facts` (seed, sample key, epoch) decide every random choice."""
     random = np.random.Generator(np.random.Philox(key=draw_int("augment", *facts)))
-    view = _view(image.size, change, random)
+    view = _view(image.size, geometry.resize_mode, change, random)
     turn = random.uniform(-change.turn_deg, change.turn_deg) * (random.random() < 0.5)
     size = geometry.size_px
     # A turned view needs corners from outside of it: a square `wider` times as large holds it.
@@ -206,10 +206,16 @@ def _scale_box(box: tuple[float, ...], factor: float) -> tuple[float, ...]:
     return left - extra_x, top - extra_y, right + extra_x, bottom + extra_y
 
 
-def _view(size: tuple[int, int], change: Augmentation, random: np.random.Generator) -> tuple[float, ...]:
-    """What the model sees of a picture, as left, top, right, bottom in its pixels; may reach beyond the picture."""
+def _view(
+    size: tuple[int, int], mode: ResizeMode, change: Augmentation, random: np.random.Generator
+) -> tuple[float, ...]:
+    """What the model sees of a picture, as left, top, right, bottom in its pixels; may reach beyond the picture.
+
+    Under `shortest`, which shows evaluation a square, the view is a square too, anywhere along the longer side.
+    """
+    width, height = (min(size), min(size)) if mode == "shortest" else size
     area, stretch = random.uniform(*change.area), change.aspect ** random.uniform(-1, 1)
-    wide, high = size[0] * (area * stretch) ** 0.5, size[1] * (area / stretch) ** 0.5
+    wide, high = width * (area * stretch) ** 0.5, height * (area / stretch) ** 0.5
     left, top = random.random() * (size[0] - wide), random.random() * (size[1] - high)
     return left, top, left + wide, top + high
 

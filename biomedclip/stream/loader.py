@@ -12,13 +12,14 @@ half of preprocessing.
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ from biomedclip.stream.text import Tokenise, choose_caption
 
 MAX_ATTEMPTS = 8
 """Substitutes tried for one unreadable sample before the run stops."""
+
+MAX_OPEN = 64
+"""Shards kept open by a reading process."""
 
 _READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "image_crc32", "text_offset",
                  "text_size", "json_offset", "json_size", "num_captions", "modality")  # fmt: skip
@@ -101,7 +105,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.max_labels = max((len(labels) for rows in self.rows for labels in rows.labels), default=0)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[int, int], Image.Image] = {}
-        self._files: dict[tuple[int, Path], Any] = {}
+        self._files = OpenShards()
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         picks = self.plan.batch(step)[self.rank :: self.world_size]
@@ -176,13 +180,7 @@ class Samples(Dataset[dict[str, Any]]):
         rows = self.rows[pick.source]
         columns, row = rows.columns, pick.row
         path = rows.folder / columns["shard"][row]
-        # Open files belong to a process: a forked worker must not share its parent's.
-        file = self._files.get((os.getpid(), path))
-        if file is None:
-            try:
-                file = self._files[os.getpid(), path] = path.open("rb")
-            except OSError as error:
-                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
+        file = self._files.open(path)
         return read_member(file, columns[f"{member}_offset"][row], columns[f"{member}_size"][row], path,
                            columns["key"][row])  # fmt: skip
 
@@ -201,13 +199,42 @@ class Samples(Dataset[dict[str, Any]]):
         return table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_cache": {}}
+        return {**self.__dict__, "_files": OpenShards(), "_cache": {}}
 
     def close(self) -> None:
-        """Close the shards this process opened."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Close the shards this process opened; reading opens them again."""
+        self._files.close()
+
+
+class OpenShards:
+    """The shards a process has open, the least recently used closed beyond `MAX_OPEN`."""
+
+    def __init__(self) -> None:
+        # Open files belong to a process: a forked worker must not share its parent's, hence the process id.
+        self._files: OrderedDict[tuple[int, Path], BinaryIO] = OrderedDict()
+        weakref.finalize(self, _close_all, self._files)
+
+    def open(self, path: Path) -> BinaryIO:
+        """The shard, opened for reading. Raises DataError where it cannot be."""
+        key = (os.getpid(), path)
+        if key not in self._files:
+            try:
+                self._files[key] = path.open("rb")
+            except OSError as error:
+                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
+            while len(self._files) > MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def close(self) -> None:
+        """Close all of them."""
+        _close_all(self._files)
+
+
+def _close_all(files: OrderedDict[tuple[int, Path], BinaryIO]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 class StreamLoader:

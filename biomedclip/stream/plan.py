@@ -93,8 +93,8 @@ class Plan:
     def substitute(self, pick: Pick, attempt: int) -> Pick:
         """Another sample of the same source in place of one that cannot be read; the same one on every run."""
         rows = len(self.sources[pick.source])
-        jump = 1 + draw_int(self.seed, "substitute", self.sources[pick.source].name, pick.row, pick.epoch, attempt)
-        return Pick(pick.source, (pick.row + jump % max(rows - 1, 1)) % rows, pick.epoch)
+        draw = draw_int(self.seed, "substitute", self.sources[pick.source].name, pick.row, pick.epoch, attempt)
+        return Pick(pick.source, (pick.row + 1 + draw % max(rows - 1, 1)) % rows, pick.epoch)
 
     @property
     def sha256(self) -> str:

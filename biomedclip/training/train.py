@@ -227,7 +227,6 @@ def _threads(wanted: int) -> Iterator[None]:
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's device table and advice off the terminal; warnings still pass."""
     import logging
-
     import warnings
 
     names = ("lightning.pytorch", "lightning.fabric")

@@ -137,7 +137,8 @@ def _read_member(stream: _Bounded, name: str, kind: Kind, size: int, wants: Call
         for _ in stream.chunks(_padded(size)):
             pass
         return Member(name, kind, size)
-    digest, kept = hashlib.md5(usedforsecurity=False), [] if wants(name, size) else None
+    digest = hashlib.md5(usedforsecurity=False)
+    kept: list[bytes] | None = [] if wants(name, size) else None
     for chunk in stream.chunks(size):
         digest.update(chunk)
         if kept is not None:

@@ -214,11 +214,14 @@ def _captions(element: Element, graphics: list[Element]) -> list[Element]:
     if own:
         return own
     inside = [caption for graphic in graphics for caption in graphic.findall("caption")]
-    return inside or [
-        caption
-        for caption in element.iterfind(".//caption")
-        if next(caption.iterancestors(*_CONTAINERS, *_COUNTED_AS)) is element
-    ][:1]
+    return (
+        inside
+        or [
+            caption
+            for caption in element.iterfind(".//caption")
+            if next(caption.iterancestors(*_CONTAINERS, *_COUNTED_AS)) is element
+        ][:1]
+    )
 
 
 def _join_captions(captions: list[Element], language: str | None, flags: set[str], fast: bool) -> str:

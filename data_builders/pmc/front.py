@@ -15,13 +15,15 @@ from biomedclip.schema import Article
 from data_builders.pmc.text import normalise, render_text
 from data_builders.pmc.xml_input import XML_LANG, Element
 
-_MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+_MONTHS = {m: i for i, m in enumerate(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1)}
 _MONTH_NAMES = [m.title() for m in _MONTHS]
-_MANUSCRIPT_ID = re.compile(r"(?:NIHMS|EMS|UKMS|HHMIMS|NIHPA|CAMS|NASA|DOE|VAPA|EPA|USDA|NIST|PAMS)-?\d+", re.IGNORECASE)
+_MANUSCRIPT_ID = re.compile(
+    r"(?:NIHMS|EMS|UKMS|HHMIMS|NIHPA|CAMS|NASA|DOE|VAPA|EPA|USDA|NIST|PAMS)-?\d+", re.IGNORECASE
+)
 _PMC_ID_TYPES = ("pmcid", "pmc", "pmc-uid", "pmcaid")
 _LANGUAGES = {
-    **{"eng": "en", "fre": "fr", "fra": "fr", "ger": "de", "deu": "de", "spa": "es", "por": "pt", "ita": "it"},
-    **{"chi": "zh", "zho": "zh", "jpn": "ja", "rus": "ru", "pol": "pl", "kor": "ko", "tur": "tr"},
+    "eng": "en", "fre": "fr", "fra": "fr", "ger": "de", "deu": "de", "spa": "es", "por": "pt", "ita": "it",
+    "chi": "zh", "zho": "zh", "jpn": "ja", "rus": "ru", "pol": "pl", "kor": "ko", "tur": "tr",
 }
 _RETRACTED_TYPES = ("retracted-article", "retraction", "withdrawn-article", "withdrawal", "partial-retraction")
 _RETRACTED_BY = ("retraction-forward", "retracted-by", "is-retracted-by", "withdrawal-forward", "partial-retraction")
@@ -154,7 +156,9 @@ def _iso_date(node: Element) -> str | None:
     if year is None:
         return None
     month_text, day_text = (parts[1] or "").strip(), (parts[2] or "").strip()
-    month = int(month_text) if re.fullmatch(r"\d{1,2}", month_text, re.ASCII) else _MONTHS.get(month_text.lower()[:3], 0)
+    month = (
+        int(month_text) if re.fullmatch(r"\d{1,2}", month_text, re.ASCII) else _MONTHS.get(month_text.lower()[:3], 0)
+    )
     if not 1 <= month <= 12:
         return year[1]
     day = int(day_text) if re.fullmatch(r"\d{1,2}", day_text, re.ASCII) else 0
@@ -260,7 +264,10 @@ def _is_retracted(article: Element, meta: Element | None, title: str, flags: set
     relations = {(n.get("related-article-type") or "").lower() for n in _children(meta, "related-article")}
     if "expression-of-concern" in kind or any("concern" in relation for relation in relations):
         flags.add("expression_of_concern")
-    if kind in ("retraction", "withdrawal", "partial-retraction") or relations & {"retracted-article", "withdrawn-article"}:
+    if kind in ("retraction", "withdrawal", "partial-retraction") or relations & {
+        "retracted-article",
+        "withdrawn-article",
+    }:
         flags.add("retraction_notice")
         return True
     return kind in _RETRACTED_TYPES or bool(relations & set(_RETRACTED_BY)) or bool(_RETRACTED_TITLE.match(title))

@@ -15,7 +15,9 @@ from biomedclip.schema import Mention
 from data_builders.pmc.text import MARK, render_text
 from data_builders.pmc.xml_input import Element
 
-_PARAGRAPHS = frozenset(("p", "td", "th", "title", "list-item", "def", "term", "disp-quote", "fn", "verse-line", "label"))
+_PARAGRAPHS = frozenset(
+    ("p", "td", "th", "title", "list-item", "def", "term", "disp-quote", "fn", "verse-line", "label")
+)
 _NOT_BODY = frozenset(("caption", "fig", "fig-group", "label", "ref", "ref-list"))
 _TITLED = frozenset(("sec", "app", "ack", "notes", "boxed-text", "glossary"))
 _ROOTS = frozenset(("article", "sub-article", "response"))
@@ -37,8 +39,7 @@ _RANGE = re.compile(r"([A-Za-z])\s*(?:[-\u2010-\u2015\u2212]|\bto\b)\s*([A-Za-z]
 _SENTENCE_END = re.compile(r"[.?!][)\]\"”’]*\s+(?=(?:\x01\d+\x02)?[(\[\"“‘]*(?:\x01\d+\x02)?[^\W a-z])")
 _LAST_WORD = re.compile(r"[\w.]+$")
 _ABBREVIATIONS = frozenset(
-    "fig figs eq eqs eqn ref refs tab no nos al e.g i.e eg ie vs cf dr prof mr mrs ms st approx ca resp suppl supp"
-    " supplementary vol sp spp subsp var cv inc ltd co corp p pp sec ext ed eds viz i.v i.p s.c i.m a.m p.m".split()
+    ["fig", "figs", "eq", "eqs", "eqn", "ref", "refs", "tab", "no", "nos", "al", "e.g", "i.e", "eg", "ie", "vs", "cf", "dr", "prof", "mr", "mrs", "ms", "st", "approx", "ca", "resp", "suppl", "supp", "supplementary", "vol", "sp", "spp", "subsp", "var", "cv", "inc", "ltd", "co", "corp", "p", "pp", "sec", "ext", "ed", "eds", "viz", "i.v", "i.p", "s.c", "i.m", "a.m", "p.m"]
 )
 _NUMBERED_LABEL = re.compile(r"(.*?)(\d+)\W*")
 
@@ -72,7 +73,9 @@ def collect_mentions(
                     entry = found[figure].setdefault((number, place), (plain, section, set()))
                     entry[2].update(letters)
     return [
-        tuple(Mention(text=text, section=section, panels=tuple(sorted(letters))) for text, section, letters in f.values())
+        tuple(
+            Mention(text=text, section=section, panels=tuple(sorted(letters))) for text, section, letters in f.values()
+        )
         for f in found
     ]
 

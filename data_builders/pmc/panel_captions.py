@@ -75,7 +75,7 @@ class _Chain:
 
 # style -> (pattern with one group %s for the letters, trust). `leading` styles put the marker before the words.
 _STYLES: dict[str, tuple[str, float]] = {
-    "bracket": (rf"(?:{_WORD}\s)?[(\[]\s?(?:{_WORD}\s)?(%s)(?:[;,]\s[a-z][a-z ,-]{0,40})?\s?[)\]](?:\s?:)?", 1.0),
+    "bracket": (rf"(?:{_WORD}\s)?[(\[]\s?(?:{_WORD}\s)?(%s)(?:[;,]\s[a-z][a-z ,-]{0, 40})?\s?[)\]](?:\s?:)?", 1.0),
     "half_bracket": (rf"(?:^|(?<=[\s;:.])){_WORD}?\s?(%s)\)(?:\s?:)?", 0.95),
     "period": (rf"{_BOUNDARY}(?:{_WORD}\s)?(%s)\.(?=\s|\()", 0.9),
     "colon": (rf"(?:^|(?<=[.;,:)]\s))(?:{_WORD}\s)?(%s)\s?(?::|=|\|)(?=\s)", 0.9),
@@ -108,10 +108,13 @@ _CAPITAL = re.compile(r"\s*[A-Z][A-Za-z]*\s")
 """A capital after a marker begins a sentence, also where a title before it has no full stop."""
 _BEFORE_OPENING = re.compile(r"(?:^|[.;:!?)\]”\"’'])\s*$")
 _BEFORE_ITEM = re.compile(r"(?:,|\b(?:and|or|while|whereas|for))\s*$")
-_SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[Ff]ig\.)(?<!\b[Ff]igs\.)(?<!\bal\.)(?<!\bvs\.)(?<!\b[A-Za-z]\.)\s+(?=[A-Z(\[0-9])")
+_SENTENCE = re.compile(
+    r"(?<=[.!?])(?<!\b[Ff]ig\.)(?<!\b[Ff]igs\.)(?<!\bal\.)(?<!\bvs\.)(?<!\b[A-Za-z]\.)\s+(?=[A-Z(\[0-9])"
+)
 _TAIL = re.compile(
     r"^(?:scale[ -]?bars?|(?:all )?error bars?|abbreviations?|see also|data (?:are|represent|were)|bars?[:=]|"
-    r"statistical|\*|n\.?s\.?[ ,:=]|for (?:all|each) panels?|in all panels?|all (?:scale|panels?|images)|magnification)",
+    r"statistical|\*|n\.?s\.?[ ,:=]|for (?:all|each) panels?|in all panels?|all (?:scale|panels?|images)|"
+    r"magnification)",
     re.IGNORECASE,
 )
 _POSITION = re.compile(
@@ -279,10 +282,10 @@ def _search(style: str, mode: str, trust: float, markers: list[_Marker]) -> _Cha
     whole = [key for key in states if key & (key + 1) == 0 and key.bit_count() > 1]
     if not whole:
         return None
-    key = max(whole, key=lambda mask: mask.bit_count() * 0.35 + states[mask][0])
-    weight, chain = states[key]
-    covered = frozenset(chr(65 + bit) for bit in range(key.bit_length()))
-    return _Chain(style, mode, chain, covered, trust * weight / len(covered))
+    best_key = max(whole, key=lambda key: key.bit_count() * 0.35 + states[key][0])
+    weight, best_chain = states[best_key]
+    letters = frozenset(chr(65 + bit) for bit in range(best_key.bit_length()))
+    return _Chain(style, mode, best_chain, letters, trust * weight / len(letters))
 
 
 def _texts_after(text: str, chain: _Chain) -> tuple[dict[str, str], str]:
@@ -329,7 +332,7 @@ def _texts_around(text: str, chain: _Chain) -> tuple[dict[str, str], str]:
 
 def _divide_group(words: str, letters: tuple[str, ...], style: str) -> dict[str, str] | None:
     """For `(C-E) Diagrams of (C) x, (D) y and (E) z`: what C, D and E share and their own part; None without such."""
-    inner = []
+    inner: list[_Marker] = []
     position = 0
     for upper in (True, False):
         pattern = _PATTERNS[style, upper]

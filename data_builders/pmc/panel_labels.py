@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_builders.components import label_components
 
+_WORK_SIDE = 1600
 _GRID = 16
 _MIN_SCORE = 0.62
 _MAX_BLOBS = 4000
@@ -43,17 +44,23 @@ def find_labels(rgb: np.ndarray, letters: Sequence[str]) -> list[PanelLabel]:
     """
     if len(letters) < 2 or any(len(letter) != 1 for letter in letters):
         return []
-    grey = rgb.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    stride = -(-max(rgb.shape[:2]) // _WORK_SIDE)
+    grey = np.asarray(Image.fromarray(rgb).convert("L").reduce(stride))
     best: tuple[float, list[PanelLabel]] = (0.0, [])
     for mask in (grey < 110, grey < 165, grey > 190):
         blobs = _blobs(mask)
-        lone = _lone_blobs(blobs, max(rgb.shape[:2]))
+        lone = _lone_blobs(blobs, max(grey.shape))
         for capital in (True, False):
             found = _match_letters(mask, lone, letters, capital=capital)
             total = sum(label.score for label in found)
             if total > best[0]:
                 best = total, found
-    return best[1] if len(best[1]) > max(1, len(letters) / 2) and _are_in_order(best[1]) else []
+    if len(best[1]) <= max(1, len(letters) / 2) or not _are_in_order(best[1]):
+        return []
+    return [
+        PanelLabel(x.letter, x.left * stride, x.top * stride, x.right * stride, x.bottom * stride, x.score)
+        for x in best[1]
+    ]
 
 
 def _are_in_order(labels: Sequence[PanelLabel]) -> bool:
@@ -61,8 +68,8 @@ def _are_in_order(labels: Sequence[PanelLabel]) -> bool:
     ordered = sorted(labels, key=lambda label: label.letter)
     pairs = [(first, second) for i, first in enumerate(ordered) for second in ordered[i + 1 :]]
     wrong = sum(
-        second.bottom <= first.top and second.left < first.left - 2
-        or second.right <= first.left and second.top < first.top - 2
+        (second.bottom <= first.top and second.left < first.left - 2)
+        or (second.right <= first.left and second.top < first.top - 2)
         for first, second in pairs
     )
     return wrong <= 0.12 * len(pairs)
@@ -148,6 +155,11 @@ def _unit_shape(image: Image.Image) -> np.ndarray:
     return values / length if length else values
 
 
+def _label(letter: str, box: np.ndarray, score: float) -> PanelLabel:
+    left, top, right, bottom = (int(side) for side in box)
+    return PanelLabel(letter, left, top, right, bottom, round(score, 3))
+
+
 def _match_letters(mask: np.ndarray, boxes: np.ndarray, letters: Sequence[str], *, capital: bool) -> list[PanelLabel]:
     """The best place for each letter among blobs of one size."""
     templates = _templates()
@@ -178,7 +190,7 @@ def _match_letters(mask: np.ndarray, boxes: np.ndarray, letters: Sequence[str], 
         if total > best[0]:
             rows = fitting.argmax(axis=0)
             labels = [
-                PanelLabel(letter, *boxes[row].tolist(), round(float(score), 3))
+                _label(letter, boxes[row], float(score))
                 for letter, row, score in zip(letters, rows, top, strict=True)
                 if score > 0
             ]

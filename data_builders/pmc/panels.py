@@ -1,42 +1,40 @@
 """A figure's pixels in, the boxes of its panels out, and a figure's pair in, a pair for each panel out.
 
-`split_image` cuts where the background runs through the whole picture, then again inside each part (an XY cut). Where
-to stop is the whole difficulty: a plot has as many gutters between its axes and titles as a figure has between panels.
-So a count, where one is known from the caption, decides: of all ways to cut the picture into that many boxes the one
-with the widest and longest gutters and no slivers wins, found exactly by dynamic programming over the cut tree.
-`match_panels` gives boxes their letters only where counts agree. Everything is numpy on the CPU; boxes of a learned
-detector can be read from a file (`read_boxes`) and take the place of `split_image`.
+Where to stop cutting is the whole difficulty: a plot has as many gutters between its axes and titles as a figure has
+between its panels. So the caption decides how many boxes there are (`panel_captions`), the letters printed in the
+picture say where they begin (`panel_labels`), and `panel_cuts` finds the best partition. `match_panels` names boxes
+only where counts agree, and a figure whose least certain box is below `MIN_CONFIDENCE` stays whole: a wrong pair costs
+more than a missing one. Boxes of a learned detector, read by `read_boxes`, can take the place of `split_image`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from biomedclip.errors import DataError
 from biomedclip.images import BadImage, check_image
+from biomedclip.licences import licence_class
 from biomedclip.schema import KEY_PATTERN, Pair
-from data_builders.pmc.panel_captions import PanelCaptions, compose_panel_caption, split_caption
+from data_builders.pmc.panel_captions import compose_panel_caption, split_caption
+from data_builders.pmc.panel_cuts import Cutter, edge_masks, ink_mask, scale_label
 from data_builders.pmc.panel_labels import PanelLabel, find_labels
 
-MIN_SIDE_SHARE = 0.06
-"""A panel is at least this share of the figure's longer side, in both directions."""
 MIN_CONFIDENCE = 0.5
-"""Below, a figure stays whole."""
+"""Below, a figure stays whole. Holds for its least certain box and for its caption alike."""
 
-_WORK_SIDE = 1400
-_INK = 28
-_EDGE = 10
-_CROSSED = 0.02
-_UNEVEN = 0.01
-_MAX_CUTS = 7
-_MAX_REGIONS = 3000
+_MAX_KEY = 80
+_POSITIONS = {"left": 0, "right": 0, "middle": None, "top": 1, "bottom": 1}
+_POSITION_ORDER = {"left": 0, "top": 0, "middle": 1, "right": 2, "bottom": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class PanelBox:
     bottom: int
     confidence: float = 1.0
     letter: str | None = None
+    """As the caption names it: `A`, or `left`."""
 
     @property
     def width(self) -> int:
@@ -58,17 +57,18 @@ class PanelBox:
     def height(self) -> int:
         return self.bottom - self.top
 
+    def holds(self, label: PanelLabel) -> bool:
+        """Whether the middle of a printed letter lies in the box."""
+        x, y = (label.left + label.right) / 2, (label.top + label.bottom) / 2
+        return self.left <= x < self.right and self.top <= y < self.bottom
 
-_Region = tuple[int, int, int, int]  # left, top, right, bottom in the working copy
 
-
-def split_image(
-    rgb: np.ndarray, count: int | None = None, labels: Sequence[PanelLabel] = ()
-) -> list[PanelBox]:
+def split_image(rgb: np.ndarray, count: int | None = None, labels: Sequence[PanelLabel] = ()) -> list[PanelBox]:
     """The panels of a picture (H, W, 3 uint8) in reading order; one box, the whole picture, where it has no gutters.
 
     With `count`, exactly so many boxes or, where the gutters do not yield them, the whole picture with confidence 0.
-    Raises ValueError for an array of another shape or type.
+    `labels` are the panel letters printed in the picture, as far as known. Raises ValueError for an array of another
+    shape or type.
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"expected an array (H, W, 3) of uint8, found {rgb.shape} of {rgb.dtype}")
@@ -76,10 +76,8 @@ def split_image(
     whole = PanelBox(0, 0, width, height)
     if count is not None and count < 2:
         return [whole]
-    ink, stride = _ink_mask(rgb)
-    cutter = _Cutter(ink, _edge_masks(rgb, stride), [_scaled(label, stride) for label in labels])
-    if not cutter.whole:
-        return [whole if count is None else replace(whole, confidence=0.0)]
+    ink, stride = ink_mask(rgb)
+    cutter = Cutter(ink, edge_masks(rgb, stride), [scale_label(label, stride) for label in labels])
     found = cutter.best_partition(count) if count is not None else cutter.cut_freely()
     if len(found) < 2:
         return [whole if count is None else replace(whole, confidence=0.0)]
@@ -87,300 +85,221 @@ def split_image(
     boxes = [
         PanelBox(
             max(0, left * stride - margin), max(0, top * stride - margin),
-            min(width, right * stride + margin), min(height, bottom * stride + margin), round(confidence, 3),
+            min(width, right * stride + margin), min(height, bottom * stride + margin), round(min(confidence, 1.0), 3),
         )
         for (left, top, right, bottom), confidence in found
     ]  # fmt: skip
     return sort_reading_order(boxes)
 
 
-def _ink_mask(rgb: np.ndarray) -> tuple[np.ndarray, int]:
-    """What is not background, reduced so that no stroke is lost, and the factor of the reduction.
+def sort_reading_order(boxes: Sequence[PanelBox], *, by_columns: bool = False) -> list[PanelBox]:
+    """Boxes row by row, left to right; or column by column, top to bottom.
 
-    The background is the commonest colour of the outermost pixels, or white where that colour is rare.
+    A box belongs to the row of the first box that it overlaps by half of the smaller height.
     """
-    stride = -(-max(rgb.shape[:2]) // _WORK_SIDE)
-    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]).astype(np.int32)
-    coarse = (border >> 4) @ np.array([256, 16, 1])
-    values, counts = np.unique(coarse, return_counts=True)
-    commonest = int(counts.argmax())
-    white = np.array([255, 255, 255])
-    background = np.median(border[coarse == values[commonest]], axis=0) if counts[commonest] > len(border) / 3 else white
-    if np.abs(background - white).max() < 40:
-        background = white
-    return _reduce((np.abs(rgb.astype(np.int16) - background.astype(np.int16)) > _INK).any(axis=2), stride), stride
-
-
-def _edge_masks(rgb: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the picture changes along x, and along y: a gutter of any colour has no change along itself."""
-    grey = rgb.mean(axis=2, dtype=np.float32)
-    masks = []
-    for axis in (1, 0):
-        step = np.abs(np.diff(grey, axis=axis, append=grey[:, -1:] if axis else grey[-1:])) > _EDGE
-        masks.append(_reduce(step, stride))
-    return masks[0], masks[1]
-
-
-def _reduce(mask: np.ndarray, stride: int) -> np.ndarray:
-    """A mask at a `stride`th of the size, true where any pixel of the block is."""
-    if stride == 1:
-        return mask
-    rows, columns = (-(-side // stride) * stride for side in mask.shape)
-    padded = np.zeros((rows, columns), dtype=bool)
-    padded[: mask.shape[0], : mask.shape[1]] = mask
-    return padded.reshape(rows // stride, stride, columns // stride, stride).any(axis=(1, 3))
-
-
-_Sums = tuple[np.ndarray, np.ndarray]
-
-
-def _sums(for_rows: np.ndarray, for_columns: np.ndarray) -> _Sums:
-    """Running sums along x, from which row profiles are had, and along y, for column profiles."""
-    height, width = for_rows.shape
-    along_x = np.zeros((height, width + 1), dtype=np.int32)
-    np.cumsum(for_rows, axis=1, out=along_x[:, 1:])
-    along_y = np.zeros((height + 1, width), dtype=np.int32)
-    np.cumsum(for_columns, axis=0, out=along_y[1:])
-    return along_x, along_y
-
-
-class _Cutter:
-    """The cut tree of one picture; remembers each region it has solved."""
-
-    def __init__(
-        self, ink: np.ndarray, edges: tuple[np.ndarray, np.ndarray], labels: Sequence[_Anchor] = ()
-    ) -> None:
-        self.labels = labels
-        self.height, self.width = ink.shape
-        self.side = max(ink.shape)
-        self.min_side = max(8.0, MIN_SIDE_SHARE * self.side)
-        self._ink = _sums(ink, ink)
-        self._edges = _sums(*edges)
-        self.whole = self._trim((0, 0, self.width, self.height))
-        self._solved: dict[_Region, list[tuple[float, _Plan | None]]] = {}
-        self._cuts: dict[_Region, list[_Cut]] = {}
-
-    def _profile(self, region: _Region, axis: int, sums: _Sums | None = None) -> np.ndarray:
-        """Ink in each column (axis 0) or row (axis 1) of a region."""
-        left, top, right, bottom = region
-        along_x, along_y = sums or self._ink
-        if axis == 0:
-            return along_y[bottom, left:right] - along_y[top, left:right]
-        return along_x[top:bottom, right] - along_x[top:bottom, left]
-
-    def _trim(self, region: _Region) -> _Region | None:
-        columns, rows = np.flatnonzero(self._profile(region, 0)), np.flatnonzero(self._profile(region, 1))
-        if not len(columns):
-            return None
-        left, top = region[0], region[1]
-        return int(left + columns[0]), int(top + rows[0]), int(left + columns[-1] + 1), int(top + rows[-1] + 1)
-
-    def cuts(self, region: _Region) -> list[_Cut]:
-        """The widest gutters of a region, both directions; those that would leave a sliver are left out."""
-        if region not in self._cuts:
-            found = [cut for axis in (0, 1) for cut in self._gutters(region, axis)]
-            found += self._label_cuts(region)
-            found.sort(key=lambda cut: -cut.score)
-            distinct: dict[tuple[_Region, _Region], _Cut] = {}
-            for cut in found:
-                distinct.setdefault((cut.first, cut.second), cut)
-            self._cuts[region] = list(distinct.values())[: 2 * _MAX_CUTS]
-        return self._cuts[region]
-
-    def _gutters(self, region: _Region, axis: int) -> list[_Cut]:
-        """Gutters of background, then those a thin stroke crosses, then those of any one colour between photographs."""
-        length = (region[3] - region[1]) if axis == 0 else (region[2] - region[0])
-        ink = self._profile(region, axis)
-        gutters = self._runs(region, axis, ink == 0, 1.0)
-        if len(gutters) < _MAX_CUTS:
-            gutters += self._runs(region, axis, ink <= _CROSSED * length, 0.45)
-            edges = self._profile(region, axis, self._edges)
-            gutters += self._runs(region, axis, edges <= _UNEVEN * length, 0.35)
-        gutters.sort(key=lambda cut: -cut.score)
-        return gutters[:_MAX_CUTS]
-
-    def _runs(self, region: _Region, axis: int, empty: np.ndarray, trust: float) -> list[_Cut]:
-        edges = np.flatnonzero(np.diff(empty.astype(np.int8), prepend=0, append=0))
-        length = (region[3] - region[1]) if axis == 0 else (region[2] - region[0])
-        across = self.height if axis == 0 else self.width
-        cuts = []
-        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            before, after = start, len(empty) - stop
-            if min(before, after) < self.min_side or stop - start < 1.5:
-                continue
-            score = float(np.log2(1 + (stop - start) / (0.006 * self.side)) * (0.35 + 0.65 * length / across))
-            halves = self._halves(region, axis, start, stop)
-            if halves is not None:
-                cuts.append(_Cut(trust * score, *halves, trust * (stop - start) / self.side))
-        return cuts
-
-    def _halves(self, region: _Region, axis: int, start: int, stop: int) -> tuple[_Region, _Region] | None:
-        base = region[axis]
-        first, second = list(region), list(region)
-        first[axis + 2], second[axis] = base + start, base + stop
-        before, after = self._trim(_region(first)), self._trim(_region(second))
-        return (before, after) if before and after else None
-
-    def _label_cuts(self, region: _Region) -> list[_Cut]:
-        """Cuts just left of and just above each label of a region, also where a little ink crosses them."""
-        inside = self._labels_in(region)
-        if len(inside) < 2:
-            return []
-        cuts = []
-        for axis in (0, 1):
-            profile = self._profile(region, axis)
-            length = (region[3] - region[1]) if axis == 0 else (region[2] - region[0])
-            base = region[axis]
-            for label in inside:
-                edge = label.box[axis] - base
-                size = label.box[3] - label.box[1]
-                window = profile[max(0, edge - size) : edge]
-                if not len(window):
-                    continue
-                cut = max(0, edge - size) + len(window) - 1 - int(window[::-1].argmin())
-                crossed = float(profile[cut]) / length
-                if min(cut, len(profile) - cut) < self.min_side or crossed > 0.12:
-                    continue
-                halves = self._halves(region, axis, cut, cut)
-                if halves is not None:
-                    cuts.append(_Cut(0.3 - 14 * crossed, *halves, 0.006 * (1 - 8 * crossed)))
-        cuts.sort(key=lambda cut: -cut.score)
-        return cuts[:_MAX_CUTS]
-
-    def _labels_in(self, region: _Region) -> list[_Anchor]:
-        left, top, right, bottom = region
-        return [label for label in self.labels if left <= label.x < right and top <= label.y < bottom]
-
-    def _label_score(self, region: _Region, count: int) -> float:
-        """What the printed letters say of a region: best is one letter, near the region's top left corner."""
-        if not self.labels:
-            return 0.0
-        inside = self._labels_in(region)
-        known = len(self.labels) / count
-        if not inside:
-            return -1.5 * known * known
-        if len(inside) > 1:
-            return -3.0 * (len(inside) - 1)
-        left, top, right, bottom = region
-        near = inside[0].x - left < 0.45 * (right - left) and inside[0].y - top < 0.35 * (bottom - top)
-        return 1.0 if near else -0.5
-
-    def _leaf_score(self, region: _Region, count: int) -> float:
-        """0 for a region that may be one of `count` panels, negative for slivers and scraps."""
-        width, height = region[2] - region[0], region[3] - region[1]
-        area = width * height / (self.height * self.width)
-        score = self._label_score(region, count)
-        if min(width, height) < self.min_side:
-            score -= 3.0
-        share = area * count
-        if share < 0.35:
-            score -= 1.5 * float(np.log2(0.35 / max(share, 1e-4)))
-        aspect = max(width, height) / max(1, min(width, height))
-        if aspect > 4:
-            score -= 0.8 * (aspect - 4) / 4
-        return score
-
-    def best_partition(self, count: int) -> list[tuple[_Region, float]]:
-        """The `count` regions of the best partition with their confidence; fewer than two where there is none."""
-        if self.whole is None:
-            return []
-        table = self._solve(self.whole, count)
-        if len(table) < count or table[count - 1][1] is None:
-            return []
-        leaves: list[tuple[_Region, float]] = []
-        self._collect(self.whole, count, count, 1.0, leaves)
-        return leaves
-
-    def _solve(self, region: _Region, count: int) -> list[tuple[float, _Plan | None]]:
-        """Best score, and the cut that yields it, for 1, 2, … panels in a region, as many as may fit into it."""
-        known = self._solved.get(region)
-        if known is not None:
-            return known
-        capacity = int((region[2] - region[0]) // self.min_side * ((region[3] - region[1]) // self.min_side))
-        most = max(1, min(count, capacity))
-        table: list[tuple[float, _Plan | None]] = [(-np.inf, None)] * most
-        table[0] = self._leaf_score(region, count), None
-        self._solved[region] = table
-        if most > 1 and len(self._solved) < _MAX_REGIONS:
-            for cut in self.cuts(region):
-                first, second = self._solve(cut.first, count), self._solve(cut.second, count)
-                for i, (score_first, _) in enumerate(first[: most - 1]):
-                    for j, (score_second, _) in enumerate(second[: most - 1 - i]):
-                        total = cut.score + score_first + score_second
-                        if total > table[i + j + 1][0]:
-                            table[i + j + 1] = total, _Plan(cut, i + 1, j + 1)
-        return table
-
-    def _collect(self, region: _Region, number: int, count: int, confidence: float, leaves: list[tuple[_Region, float]]) -> None:
-        _, plan = self._solved[region][number - 1]
-        if plan is None:
-            leaves.append((region, confidence))
-            return
-        confidence = min(confidence, plan.cut.gap / (plan.cut.gap + 0.006) * 1.1)
-        self._collect(plan.cut.first, plan.first, count, confidence, leaves)
-        self._collect(plan.cut.second, plan.second, count, confidence, leaves)
-
-    def cut_freely(self, min_gap: float = 0.02) -> list[tuple[_Region, float]]:
-        """Regions between all gutters wider than `min_gap` of the longer side, for a picture of unknown count."""
-        leaves: list[tuple[_Region, float]] = []
-        pending = [(self.whole, 1.0)] if self.whole else []
-        while pending:
-            region, confidence = pending.pop()
-            cut = next((cut for cut in self.cuts(region) if cut.gap >= min_gap), None)
-            if cut is None:
-                leaves.append((region, confidence))
-                continue
-            confidence = min(confidence, cut.gap / (cut.gap + 0.02))
-            pending += [(cut.first, confidence), (cut.second, confidence)]
-        return leaves
-
-
-@dataclass(frozen=True, slots=True)
-class _Anchor:
-    """A printed letter in the working copy."""
-
-    letter: str
-    box: _Region
-    x: float
-    y: float
-
-
-def _scaled(label: PanelLabel, stride: int) -> _Anchor:
-    box = (label.left // stride, label.top // stride, -(-label.right // stride), -(-label.bottom // stride))
-    return _Anchor(label.letter, box, (box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    score: float
-    first: _Region
-    second: _Region
-    gap: float
-    """Width of the gutter as a share of the figure's longer side."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    cut: _Cut
-    first: int
-    second: int
-
-
-def _region(values: Sequence[int]) -> _Region:
-    left, top, right, bottom = values
-    return left, top, right, bottom
-
-
-def sort_reading_order(boxes: Sequence[PanelBox]) -> list[PanelBox]:
-    """Boxes row by row, left to right: a box belongs to the row of the first box it overlaps by half its height."""
-    rows: list[list[PanelBox]] = []
-    for box in sorted(boxes, key=lambda box: (box.top, box.left)):
-        for row in rows:
-            head = row[0]
-            overlap = min(box.bottom, head.bottom) - max(box.top, head.top)
-            if overlap > 0.5 * min(box.height, head.height) and box.top < head.top + 0.5 * head.height:
-                row.append(box)
+    lines: list[list[PanelBox]] = []
+    for box in sorted(boxes, key=lambda box: _start(box, by_columns)):
+        begin, end = _extent(box, by_columns)
+        for line in lines:
+            head_begin, head_end = _extent(line[0], by_columns)
+            overlap = min(end, head_end) - max(begin, head_begin)
+            if overlap > 0.5 * min(end - begin, head_end - head_begin) and begin < (head_begin + head_end) / 2:
+                line.append(box)
                 break
         else:
-            rows.append([box])
-    return [box for row in rows for box in sorted(row, key=lambda box: box.left)]
+            lines.append([box])
+    return [box for line in lines for box in sorted(line, key=lambda box: _start(box, not by_columns))]
+
+
+def _start(box: PanelBox, by_columns: bool) -> tuple[int, int]:
+    return (box.left, box.top) if by_columns else (box.top, box.left)
+
+
+def _extent(box: PanelBox, by_columns: bool) -> tuple[int, int]:
+    return (box.left, box.right) if by_columns else (box.top, box.bottom)
+
+
+def match_panels(
+    boxes: Sequence[PanelBox], letters: Sequence[str], labels: Sequence[PanelLabel] = ()
+) -> list[PanelBox]:
+    """The boxes with their letters, in the order of `letters`; empty where it is not plain which is which.
+
+    Boxes that carry letters already (of a detector) keep them, and those the caption does not name are left out.
+    Otherwise counts must agree. A box that holds one printed letter gets it; the rest follow in reading order, by rows
+    or by columns, whichever the printed letters confirm. A box gains confidence by its printed letter, and loses where
+    other boxes have theirs and it has none.
+    """
+    carried = {box.letter: box for box in boxes if box.letter is not None}
+    if carried:
+        return [carried[letter] for letter in letters if letter in carried]
+    if len(boxes) != len(letters) or len(boxes) < 2:
+        return []
+    if all(letter in _POSITIONS for letter in letters):
+        return _match_positions(boxes, letters)
+    orders = [sort_reading_order(boxes, by_columns=by_columns) for by_columns in (False, True)]
+    printed = {box: held[0] for box in boxes if len(held := [x.letter for x in labels if box.holds(x)]) == 1}
+    agreement = [
+        sum(printed.get(box) == letter for box, letter in zip(order, letters, strict=True)) for order in orders
+    ]
+    order = orders[agreement[1] > agreement[0]]
+    unsure = 0.85 if not printed and orders[0] != orders[1] and _is_grid(boxes) else 1.0
+    free = iter([letter for letter in letters if letter not in set(printed.values())])
+    named: dict[str, PanelBox] = {}
+    for box in order:
+        letter = printed.get(box) or next(free, None)
+        if letter is None or letter in named:
+            return []
+        confidence = box.confidence * unsure
+        if box in printed:
+            confidence += (1 - confidence) * 0.6
+        elif printed:
+            confidence *= 0.75
+        named[letter] = replace(box, letter=letter, confidence=round(confidence, 3))
+    return [named[letter] for letter in letters]
+
+
+def _is_grid(boxes: Sequence[PanelBox]) -> bool:
+    by_left = sorted(boxes, key=lambda box: box.left)
+    by_top = sorted(boxes, key=lambda box: box.top)
+    return by_left[-1].left >= by_left[0].right and by_top[-1].top >= by_top[0].bottom
+
+
+def _match_positions(boxes: Sequence[PanelBox], names: Sequence[str]) -> list[PanelBox]:
+    axis = next(axis for name in names if (axis := _POSITIONS[name]) is not None)
+    ordered = sorted(boxes, key=lambda box: _extent(box, axis == 0))
+    starts_and_ends = [_extent(box, axis == 0) for box in ordered]
+    if any(second[0] < first[1] - 4 for first, second in pairwise(starts_and_ends)):
+        return []
+    wanted = sorted(names, key=lambda name: _POSITION_ORDER[name])
+    named = {name: replace(box, letter=name) for name, box in zip(wanted, ordered, strict=True)}
+    return [named[name] for name in names]
+
+
+def find_panels(rgb: np.ndarray, letters: Sequence[str]) -> list[PanelBox]:
+    """The panels that a caption names, found in its picture and named; empty where they are not found."""
+    if len(letters) < 2:
+        return []
+    labels = find_labels(rgb, letters)
+    return match_panels(split_image(rgb, len(letters), labels), letters, labels)
+
+
+def split_figure_pair(
+    pair: Pair, rgb: np.ndarray, *, boxes: Sequence[PanelBox] | None = None, min_confidence: float = MIN_CONFIDENCE
+) -> list[Pair]:
+    """A pair for each panel of a figure's pair; empty where the figure stays whole.
+
+    `rgb` (H, W, 3 uint8) is the pair's picture. It stays whole where its licence forbids derivatives or is unknown,
+    where the figure is one of several that share a caption, where caption or boxes are uncertain, and where they do
+    not agree; a panel without words of its own gets no pair. `boxes` of a detector, in pixels of the picture, replace those found here. The new pairs are lossless
+    PNG crops; their sidecar holds the parent's key and the box. Raises DataError for boxes outside of the picture.
+    """
+    if pair.panel is not None or not may_be_cut(pair.licence):
+        return []
+    captions = split_caption(pair.caption)
+    if len(captions.letters) < 2 or captions.confidence < min(min_confidence, 0.4):
+        return []
+    height, width = rgb.shape[:2]
+    for box in boxes or ():
+        if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
+            found = f"{box.left},{box.top},{box.right},{box.bottom} in {width}x{height}"
+            raise DataError(pair.key, "has a panel box outside of its picture", found=found)
+    panels = find_panels(rgb, captions.letters) if boxes is None else match_panels(boxes, captions.letters)
+    if len(panels) < 2 or min(box.confidence for box in panels) < min_confidence:
+        return []
+    return [
+        _panel_pair(pair, rgb, box, box.letter, compose_panel_caption(captions, box.letter))
+        for box in panels
+        if box.letter is not None and captions.panels[box.letter]
+    ]
+
+
+def may_be_cut(licence: str) -> bool:
+    """Whether a licence allows a part of a figure to be given on: a panel is a derivative."""
+    return licence_class(licence) in ("commercial-derivatives", "noncommercial") and "ND" not in licence
+
+
+def _panel_pair(pair: Pair, rgb: np.ndarray, box: PanelBox, letter: str, caption: str) -> Pair:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb[box.top : box.bottom, box.left : box.right]).save(buffer, "PNG")
+    try:
+        image = check_image(buffer.getvalue())
+    except BadImage as error:
+        raise DataError(pair.key, f"panel {letter} cannot be stored", found=str(error)) from None
+    return replace(
+        pair,
+        key=panel_key(pair.key, letter),
+        image=image.data,
+        image_format=image.format,
+        width=image.width,
+        height=image.height,
+        sha256=image.sha256,
+        phash=image.phash,
+        caption=caption,
+        captions=(),
+        panel=letter,
+        concepts=(),
+        modality=None,
+        flags=tuple(dict.fromkeys((*pair.flags, "panel"))),
+        sidecar=_panel_sidecar(pair, box, letter),
+    )
+
+
+def panel_key(key: str, letter: str) -> str:
+    """The key of a panel: the figure's, a hyphen and the letter; a key that grows too long ends in a hash instead."""
+    name = f"{key}-{letter.lower()}"
+    if len(name) > _MAX_KEY:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{key[: _MAX_KEY - len(letter) - 10]}-{digest}-{letter.lower()}"
+    return name
+
+
+def _panel_sidecar(pair: Pair, box: PanelBox, letter: str) -> dict[str, Any]:
+    """The parent's sidecar with the link to it, and of its mentions those that speak of this panel or of none."""
+    sidecar: dict[str, Any] = dict(pair.sidecar)
+    mentions = [mention for mention in sidecar.pop("mentions", ()) if letter in (mention.get("panels") or (letter,))]
+    sidecar["parent"] = pair.key
+    sidecar["panel_box"] = [box.left, box.top, box.right, box.bottom]
+    sidecar["panel_confidence"] = box.confidence
+    return {**sidecar, "mentions": mentions} if mentions else sidecar
+
+
+def read_boxes(path: str | Path) -> dict[str, list[PanelBox]]:
+    """Figure key -> boxes, from a file of a learned detector: one JSON object a line, as in
+
+        {"key": "pmc-123-v1-f1-p0", "boxes": [{"box": [0, 0, 400, 300], "letter": "A", "confidence": 0.93}]}
+
+    `box` is left, top, right, bottom in pixels of the figure's picture; `letter` may lack, and so may `confidence`,
+    which is then 1. Raises DataError, naming the line, for anything else and for a key that comes twice.
+    """
+    figures: dict[str, list[PanelBox]] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+                key, boxes = row["key"], [_parse_box(box) for box in row["boxes"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(where, "is not a line of panel boxes", found=f"{type(error).__name__}: {error}",
+                                todo='write {"key": …, "boxes": [{"box": [l, t, r, b]}]}') from None  # fmt: skip
+            if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key):
+                raise DataError(where, "is no sample key", found=repr(key)[:100])
+            if key in figures:
+                raise DataError(where, "is the second line of its figure", found=key)
+            figures[key] = boxes
+    return figures
+
+
+def _parse_box(value: Mapping[str, Any]) -> PanelBox:
+    left, top, right, bottom = (round(float(side)) for side in value["box"])
+    confidence, letter = float(value.get("confidence", 1.0)), value.get("letter")
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise ValueError(f"box {value['box']} is empty or negative")
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    if letter is not None and not (isinstance(letter, str) and letter.isalpha()):
+        raise ValueError(f"letter {letter!r}")
+    if letter is not None:
+        letter = letter.upper() if len(letter) == 1 else letter.lower()
+    return PanelBox(left, top, right, bottom, confidence, letter)

@@ -54,7 +54,9 @@ _PERMISSION_HINTS = ("permission", "reserved", "under licen", "courtesy")
 _COPYRIGHT_HINTS = ("©", "(c)", "copyr", "copywr")
 _COPIED_HINTS = ("reproduced", "reprinted", "republished", "taken from", "taken with", "copied", "excerpted")
 _ADAPTED_HINTS = ("adapted", "modified", "redrawn", "reproduced", "reprinted", "derived")
-_CREDIT = re.compile(r"\b(?:credits?|source|photo\w*|images?|illustrations?|artwork|drawing)\b[^:]{0,30}(?::|\bby\b)", re.I)
+_CREDIT = re.compile(
+    r"\b(?:credits?|source|photo\w*|images?|illustrations?|artwork|drawing)\b[^:]{0,30}(?::|\bby\b)", re.I
+)
 _AUTHORS = re.compile(r"\bauthors?\b", re.IGNORECASE)
 
 
@@ -115,7 +117,6 @@ def read_holders(permissions: Element | None) -> frozenset[str]:
     tags = ("copyright-statement", "copyright-holder")
     texts = (normalise("".join(node.itertext())).lower() for node in permissions if node.tag in tags)
     return frozenset(text for text in texts if text)
-
 
 
 def _has(text: str, hints: tuple[str, ...]) -> bool:

@@ -120,7 +120,7 @@ _ISO_GREEK = {
         f"{stem.upper()}gr": letter
         for stem, letter in zip(_GREEK_STEMS.split(), "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ", strict=True)
     },
-    **{"sfgr": "ς", "thetas": "θ", "Thetas": "Θ", "phis": "φ", "Ugr": "Υ"},
+    "sfgr": "ς", "thetas": "θ", "Thetas": "Θ", "phis": "φ", "Ugr": "Υ",
 }
 
 
@@ -150,9 +150,7 @@ def _is_plain(markup: bytes) -> bool:
     """Whether no figure is inside, and every comment, instruction or CDATA section that ends inside began inside."""
     for opening, closing in ((b"<!--", b"-->"), (b"<?", b"?>"), (b"<![CDATA[", b"]]>")):
         end = markup.find(closing)
-        if end >= 0 and (
-            not 0 <= markup.find(opening) < end or markup.count(opening) != markup.count(closing)
-        ):
+        if end >= 0 and (not 0 <= markup.find(opening) < end or markup.count(opening) != markup.count(closing)):
             return False
     return b"<fig" not in markup
 
