@@ -15,15 +15,28 @@ from biomedclip.schema import Article
 from data_builders.pmc.text import normalise, render_text
 from data_builders.pmc.xml_input import XML_LANG, Element
 
-_MONTHS = {m: i for i, m in enumerate(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1)}
+_MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
 _MONTH_NAMES = [m.title() for m in _MONTHS]
 _MANUSCRIPT_ID = re.compile(
     r"(?:NIHMS|EMS|UKMS|HHMIMS|NIHPA|CAMS|NASA|DOE|VAPA|EPA|USDA|NIST|PAMS)-?\d+", re.IGNORECASE
 )
 _PMC_ID_TYPES = ("pmcid", "pmc", "pmc-uid", "pmcaid")
 _LANGUAGES = {
-    "eng": "en", "fre": "fr", "fra": "fr", "ger": "de", "deu": "de", "spa": "es", "por": "pt", "ita": "it",
-    "chi": "zh", "zho": "zh", "jpn": "ja", "rus": "ru", "pol": "pl", "kor": "ko", "tur": "tr",
+    "eng": "en",
+    "fre": "fr",
+    "fra": "fr",
+    "ger": "de",
+    "deu": "de",
+    "spa": "es",
+    "por": "pt",
+    "ita": "it",
+    "chi": "zh",
+    "zho": "zh",
+    "jpn": "ja",
+    "rus": "ru",
+    "pol": "pl",
+    "kor": "ko",
+    "tur": "tr",
 }
 _RETRACTED_TYPES = ("retracted-article", "retraction", "withdrawn-article", "withdrawal", "partial-retraction")
 _RETRACTED_BY = ("retraction-forward", "retracted-by", "is-retracted-by", "withdrawal-forward", "partial-retraction")

@@ -14,8 +14,20 @@ from functools import lru_cache
 from urllib.parse import unquote
 
 RASTER_RANK = {
-    "jpg": 0, "jpeg": 1, "png": 2, "webp": 3, "tif": 4, "tiff": 5, "gif": 6, "": 7, "bmp": 8, "jp2": 9,
-    "png_l": 2, "png_m": 2, "png_i": 2, "png_s": 2,
+    "jpg": 0,
+    "jpeg": 1,
+    "png": 2,
+    "webp": 3,
+    "tif": 4,
+    "tiff": 5,
+    "gif": 6,
+    "": 7,
+    "bmp": 8,
+    "jp2": 9,
+    "png_l": 2,
+    "png_m": 2,
+    "png_i": 2,
+    "png_s": 2,
 }
 """Extension -> preference, lower first; the empty one is a file without extension."""
 _SIZE_RANK = {"png_l": 0, "png_m": 1, "png_i": 2, "png_s": 3}
@@ -61,7 +73,7 @@ def split_extension(name: str) -> tuple[str, str]:
 
 
 _OTHER_FILES = frozenset(
-    ["xml", "nxml", "json", "txt", "csv", "tsv", "xls", "xlsx", "doc", "docx", "zip", "gz", "tar", "rar", "mp4", "mov", "avi", "mpg", "mpeg", "wmv", "flv", "mp3", "wav", "htm", "html"]
+    "xml nxml json txt csv tsv xls xlsx doc docx zip gz tar rar mp4 mov avi mpg mpeg wmv flv mp3 wav htm html".split()
 )
 
 

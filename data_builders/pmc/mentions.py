@@ -39,7 +39,8 @@ _RANGE = re.compile(r"([A-Za-z])\s*(?:[-\u2010-\u2015\u2212]|\bto\b)\s*([A-Za-z]
 _SENTENCE_END = re.compile(r"[.?!][)\]\"”’]*\s+(?=(?:\x01\d+\x02)?[(\[\"“‘]*(?:\x01\d+\x02)?[^\W a-z])")
 _LAST_WORD = re.compile(r"[\w.]+$")
 _ABBREVIATIONS = frozenset(
-    ["fig", "figs", "eq", "eqs", "eqn", "ref", "refs", "tab", "no", "nos", "al", "e.g", "i.e", "eg", "ie", "vs", "cf", "dr", "prof", "mr", "mrs", "ms", "st", "approx", "ca", "resp", "suppl", "supp", "supplementary", "vol", "sp", "spp", "subsp", "var", "cv", "inc", "ltd", "co", "corp", "p", "pp", "sec", "ext", "ed", "eds", "viz", "i.v", "i.p", "s.c", "i.m", "a.m", "p.m"]
+    "fig figs eq eqs eqn ref refs tab no nos al e.g i.e eg ie vs cf dr prof mr mrs ms st approx ca resp suppl supp"
+    " supplementary vol sp spp subsp var cv inc ltd co corp p pp sec ext ed eds viz i.v i.p s.c i.m a.m p.m".split()
 )
 _NUMBERED_LABEL = re.compile(r"(.*?)(\d+)\W*")
 

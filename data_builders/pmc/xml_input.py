@@ -120,7 +120,11 @@ _ISO_GREEK = {
         f"{stem.upper()}gr": letter
         for stem, letter in zip(_GREEK_STEMS.split(), "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ", strict=True)
     },
-    "sfgr": "ς", "thetas": "θ", "Thetas": "Θ", "phis": "φ", "Ugr": "Υ",
+    "sfgr": "ς",
+    "thetas": "θ",
+    "Thetas": "Θ",
+    "phis": "φ",
+    "Ugr": "Υ",
 }
 
 
