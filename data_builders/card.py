@@ -103,8 +103,8 @@ def _introduction(manifest: Mapping[str, Any]) -> str:
         f"{manifest['provenance'].get('biomedclip', '')}".rstrip()
         + ". Each sample is an image (`jpg`), a caption (`txt`) and its facts (`json`). The image is JPEG, PNG or "
         "WebP, the original bytes wherever every reader shows them alike; `image_format` in the json says which. The "
-        "member is called `jpg` in each case, because `datasets` wants one name. Splits never share an article, "
-        "patient or field."
+        "member is called `jpg` in each case, because `datasets` wants one name. An article, patient or "
+        "field that the source names is in one split only."
     )
 
 

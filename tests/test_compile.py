@@ -219,11 +219,18 @@ def test_attributes_and_definitions_are_spoken_of_where_they_are_known() -> None
     assert set(speak(found, row("WBC"))) == {"Blood smear: white."}
 
 
+def test_no_parent_is_denied_while_a_child_is_uncertain_even_when_uncertain_labels_are_dropped() -> None:
+    facts = settle_facts(prepare_speech(recipe(uncertain="drop")), row("fracture", "opacity", "pneumonia"))
+    assert (facts.positive, facts.negative, facts.uncertain) == (("fracture",), (), ())
+
+
 def test_words_are_joined_and_given_articles_as_in_english() -> None:
     assert join_words(["a", "b", "c"], "and") == "a, b and c"
     assert join_words(["a"], "or") == "a"
     phrases = ["erythrocyte", "platelet", "MRI scan", "CT scan", "ulcer", "unicellular body"]
     assert [with_article(phrase).split()[0] for phrase in phrases] == ["an", "a", "an", "a", "an", "a"]
+    spoken = ["X-ray finding", "T-cell", "unidentified cell", "uterine fibroid", "union defect", "ulcer"]
+    assert [with_article(phrase).split()[0] for phrase in spoken] == ["an", "a", "an", "a", "a", "an"]
 
 
 # The same on every run

@@ -27,7 +27,7 @@ _ALWAYS = frozenset({"x", "a_x", "list", "modality"})
 _RATE_STEPS = 1_000_000
 # Letters whose names begin with a vowel: an MRI, a CT.
 _VOWEL_NAMES = "AEFHILMNORSX"
-_CONSONANT_SOUNDS = ("eu", "one", "once", "ubiq", "uni", "use", "uter", "uret", "usu")
+_CONSONANT_SOUNDS = tuple("eu one once ubi unic unif unil unio uniq unit univ ura uri uro use usu ute".split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ def settle_facts(speech: Speech, row: LabelledImage) -> Facts:
     if policy != "hedge":
         uncertain = set()
     all_negative = negative >= set(speech.entries)
-    wider = set().union(*(speech.ancestors[label] for label in positive | uncertain))
+    wider = set().union(*(speech.ancestors[label] for label in positive | set(row.uncertain)))
     negative -= wider | speech.banned
     if not positive | negative | uncertain:
         detail = "only uncertain labels" if row.uncertain else ""
@@ -188,8 +188,8 @@ def compose_caption(speech: Speech, sample_id: str, k: int, facts: Facts, attrib
 def with_article(phrase: str) -> str:
     """`a` or `an` and the phrase, by sound as far as spelling tells it."""
     first = phrase.split()[0]
-    if len(first) > 1 and first.isupper():
-        vowel = first[0] in _VOWEL_NAMES
+    if (len(first) > 1 and first.isupper()) or first[1:2] == "-":  # spelled out: an MRI, an X-ray
+        vowel = first[0].upper() in _VOWEL_NAMES
     else:
         vowel = first[0].lower() in "aeiou" and not first.lower().startswith(_CONSONANT_SOUNDS)
     return f"{'an' if vowel else 'a'} {phrase}"
