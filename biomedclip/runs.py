@@ -167,7 +167,7 @@ class MetricsFile:
 
     def __init__(self, folder: str | Path, columns: tuple[str, ...], *, after_step: int = 0) -> None:
         self.path, self.columns = Path(folder) / METRICS, columns
-        kept = [row for row in read_metrics(folder) if int(row["step"]) <= after_step]
+        kept = [row for row in read_metrics(folder) if int(row["step"] or 0) <= after_step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore", restval="")
         writer.writeheader()

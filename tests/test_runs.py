@@ -40,7 +40,7 @@ def test_a_run_folder_records_config_versions_seed_and_ends_with_its_marker(tmp_
 
 def test_a_folder_that_holds_a_run_is_never_overwritten_unasked(tmp_path):
     runs.open_run(tmp_path, kind="train", config=Settings())
-    with pytest.raises(ConfigError, match="unfinished run.*resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run.*resume"):
         runs.open_run(tmp_path, kind="train", config=Settings())
     with pytest.raises(ConfigError, match="another kind"):
         runs.open_run(tmp_path, kind="evaluate", config=Settings(), resume=True)

@@ -162,8 +162,8 @@ def _quiet() -> Iterator[None]:
 def _evaluation_transform(model: nn.Module) -> Callable[..., Any]:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    config: Any = model.visual.preprocess_cfg
-    return image_transform_v2(PreprocessCfg(**config), is_train=False)
+    visual: Any = model.visual
+    return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -28,6 +28,9 @@ from biomedclip.stream.plan import draw_int
 
 ResizeMode = Literal["shortest", "longest", "squash"]
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; may reach beyond the picture."""
+
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -183,7 +186,7 @@ def augment(
     return np.ascontiguousarray(pixels)
 
 
-def _cut(image: Image.Image, box: tuple[float, ...], size_px: int, geometry: Geometry) -> Image.Image:
+def _cut(image: Image.Image, box: Box, size_px: int, geometry: Geometry) -> Image.Image:
     """The box of the picture as a square of `size_px`; beyond the picture its edge goes on.
 
     Black there would tell the model that this is a training picture. `longest` keeps the box's proportions, as it
@@ -193,22 +196,23 @@ def _cut(image: Image.Image, box: tuple[float, ...], size_px: int, geometry: Geo
     margin = math.ceil(max(-left, -top, right - image.width, bottom - image.height, 0))
     if margin:
         image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
-        box = (left + margin, top + margin, right + margin, bottom + margin)
+        left, top, right, bottom = left + margin, top + margin, right + margin, bottom + margin
     if geometry.resize_mode == "longest":
-        return fit(image.crop(tuple(map(round, box))), dataclasses.replace(geometry, size_px=size_px))
-    return image.resize((size_px, size_px), _RESAMPLING[geometry.interpolation], box=box)
+        return fit(
+            image.crop((round(left), round(top), round(right), round(bottom))),
+            dataclasses.replace(geometry, size_px=size_px),
+        )
+    return image.resize((size_px, size_px), _RESAMPLING[geometry.interpolation], box=(left, top, right, bottom))
 
 
-def _scale_box(box: tuple[float, ...], factor: float) -> tuple[float, ...]:
+def _scale_box(box: Box, factor: float) -> Box:
     """A box grown by `factor` around its centre."""
     left, top, right, bottom = box
     extra_x, extra_y = (right - left) * (factor - 1) / 2, (bottom - top) * (factor - 1) / 2
     return left - extra_x, top - extra_y, right + extra_x, bottom + extra_y
 
 
-def _view(
-    size: tuple[int, int], mode: ResizeMode, change: Augmentation, random: np.random.Generator
-) -> tuple[float, ...]:
+def _view(size: tuple[int, int], mode: ResizeMode, change: Augmentation, random: np.random.Generator) -> Box:
     """What the model sees of a picture, as left, top, right, bottom in its pixels; may reach beyond the picture.
 
     Under `shortest`, which shows evaluation a square, the view is a square too, anywhere along the longer side.

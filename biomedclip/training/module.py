@@ -31,7 +31,8 @@ class ContrastiveModule(LightningModule):
         self.model, self.config = model, config
         if config.channels_last:
             self.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload, union-attr]
-        facts: Any = model.visual.preprocess_cfg
+        visual: Any = model.visual
+        facts = visual.preprocess_cfg
         self.register_buffer("mean", 255 * torch.tensor(facts["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(facts["std"]).view(-1, 1, 1), persistent=False)
         self.latest: dict[str, Tensor | float] = {}
@@ -78,7 +79,7 @@ class ContrastiveModule(LightningModule):
         self.latest["val_image_to_text/recall@1"] = (best_text == own).float().mean()
         self.latest["val_text_to_image/recall@1"] = (best_image == own).float().mean()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over decaying and not decaying parameters, its rate set at every step."""
         settings = self.config.optim
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -182,7 +182,8 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any]:
         with torch.no_grad():
             scale: Any = model.logit_scale
             scale.fill_(math.log(config.model.init_logit_scale))
-    facts: Any = model.visual.preprocess_cfg
+    visual: Any = model.visual
+    facts = visual.preprocess_cfg
     sizes = {facts["size"]} if isinstance(facts["size"], int) else set(facts["size"])
     if len(sizes) != 1:
         raise ConfigError(config.model.name, "does not take square images", found=facts["size"])

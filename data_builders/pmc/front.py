@@ -186,8 +186,11 @@ def _children(meta: Element | None, tag: str) -> list[Element]:
 
 
 def _first_text(scope: Element | None, *paths: str) -> str | None:
-    for path in paths if scope is not None else ():
-        text = normalise("".join(scope.find(path).itertext())) if scope.find(path) is not None else ""
+    if scope is None:
+        return None
+    for path in paths:
+        found = scope.find(path)
+        text = normalise("".join(found.itertext())) if found is not None else ""
         if text:
             return text
     return None

@@ -190,8 +190,9 @@ def split_figure_pair(
 
     `rgb` (H, W, 3 uint8) is the pair's picture. It stays whole where its licence forbids derivatives or is unknown,
     where the figure is one of several that share a caption, where caption or boxes are uncertain, and where they do
-    not agree; a panel without words of its own gets no pair. `boxes` of a detector, in pixels of the picture, replace those found here. The new pairs are lossless
-    PNG crops; their sidecar holds the parent's key and the box. Raises DataError for boxes outside of the picture.
+    not agree; a panel without words of its own gets no pair. `boxes` of a detector, in pixels of the picture, replace
+    those found here. The new pairs are lossless PNG crops; their sidecar holds the parent's key and the box. Raises
+    DataError for boxes outside of the picture.
     """
     if pair.panel is not None or not may_be_cut(pair.licence):
         return []

@@ -36,8 +36,9 @@ _PERMISSION = re.compile(
 )
 _COPIED = re.compile(
     r"\b(?:reproduced|reprinted|republished|taken|copied|excerpted)\s(?:with\s\w+\s)?from\s+"
-    r"(?!fig|table|panel|the same|supplement|above|our|a |an |the (?:same|left|right|top|bottom|area|region|site|box|cent)"
-    r"|mice|mouse|rats?\b|patient|subject|animal|participant|each|both|one|two|three|wild|\w+ (?:mice|rats|patients)\b)",
+    r"(?!fig|table|panel|the same|supplement|above|our|a |an |the (?:same|left|right|top|bottom|area|region|site|box)"
+    r"|the cent|mice|mouse|rats?\b|patient|subject|animal|participant|each|both|one|two|three|wild"
+    r"|\w+ (?:mice|rats|patients)\b)",
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"[\[(]\s*\(?\s*\d|\bet al\b|\b(?:19|20)\d\d\b|\bref(?:erence|s)?\b|https?://|\bwww\.", re.I)
