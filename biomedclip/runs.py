@@ -171,7 +171,9 @@ class MetricsFile:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in kept)
+        for row in kept:
+            cells: dict[str, Any] = {k: "" if v is None else v for k, v in row.items()}
+            writer.writerow(cells | {"step": int(row["step"] or 0)})
         write_text(self.path, text.getvalue())
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -134,10 +134,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _one_error(name: str | Path) -> Iterator[None]:
     """Turn what open_clip, the Hub and the weight readers raise into one CheckpointError that names the model."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     try:
         yield
+    except UnpicklingError as error:
+        raise CheckpointError(
+            name, "holds a pickle of more than tensors, which is never loaded", todo="ask its publisher for safetensors"
+        ) from error
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         text = " ".join(str(error).split())
         offline = "no offline copy" if re.search(r"offline|connect|resolve|LocalEntryNotFound", text, re.I) else None

@@ -106,7 +106,7 @@ class StopAtNaN(Callback):
         saved = list_checkpoints(self.run.folder)
         good = f"; the last good checkpoint is {saved[-1]}" if saved else ""
         raise ConfigError(
-            f"{self.run.folder}: step {trainer.global_step}", f"the loss is {float(loss)}",
+            f"{self.run.folder}: step {trainer.global_step}", f"the loss is {loss.item()}",
             found=f"lr {trainer.optimizers[0].param_groups[0]['lr']:.3g}",
             todo=f"lower optim.lr, raise schedule.warmup_steps or set optim.clip_norm{good}",
         )  # fmt: skip
