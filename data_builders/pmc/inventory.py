@@ -99,7 +99,8 @@ class Inventory:
         import pyarrow.parquet as pq
 
         try:
-            stored = pq.read_schema(self.path).metadata or {}
+            # The file's own key-value pairs: the schema's are those of the columns alone.
+            stored = pq.read_metadata(self.path).metadata or {}
             self.facts = InventoryFacts(**json.loads(stored[_KEY_VALUE]))
         except FileNotFoundError:
             raise DataError(path, "there is no such file", todo="name an inventory table") from None
@@ -190,6 +191,16 @@ def diff_inventories(old: str | Path, new: str | Path) -> Iterator[Change]:
 class _Counts:
     keys: int = 0
     other_keys: int = 0
+    failure: DataError | None = None
+    """What ended the stream: DuckDB turns what its input raises into an error of its own."""
+
+
+def _remember_failure(batches: Iterator[pa.RecordBatch], counts: _Counts) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except DataError as error:
+        counts.failure = error
+        raise
 
 
 def _stream_keys(client: Client, manifest: Manifest, counts: _Counts) -> Iterator[pa.RecordBatch]:
@@ -259,13 +270,14 @@ def _select_articles(batch: pa.RecordBatch, counts: _Counts) -> pa.RecordBatch:
 
 
 def _write_grouped(batches: Iterator[pa.RecordBatch], out: Path, snapshot: str, counts: _Counts) -> Inventory:
+    import duckdb
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     text, number = pa.string(), pa.int64()
     keys = pa.RecordBatchReader.from_batches(
         pa.schema({"pmcid": number, "version": pa.int16(), "is_metadata": pa.bool_(), "rest": text, "etag": text,
-                   "last_modified": text}), batches,
+                   "last_modified": text}), _remember_failure(batches, counts),
     )  # fmt: skip
     # The JSON lies in metadata/ and once more beside the article; both copies have the same ETag.
     sql = """
@@ -283,10 +295,14 @@ def _write_grouped(batches: Iterator[pa.RecordBatch], out: Path, snapshot: str, 
         grouped, articles = database.sql(sql), 0
         # DuckDB renamed the method in version 2.
         read = grouped.to_arrow_reader if hasattr(grouped, "to_arrow_reader") else grouped.fetch_arrow_reader
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer, read(_BATCH_ROWS) as reader:
-            for rows in reader:
-                articles += rows.num_rows
-                writer.write_batch(rows.cast(schema))
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            try:
+                with read(_BATCH_ROWS) as reader:
+                    for rows in reader:
+                        articles += rows.num_rows
+                        writer.write_batch(rows.cast(schema))
+            except duckdb.Error as error:
+                raise (counts.failure or error) from None
             facts = InventoryFacts(snapshot=snapshot, articles=articles, keys=counts.keys, other_keys=counts.other_keys)
             writer.add_key_value_metadata({_KEY_VALUE: json.dumps(asdict(facts)).encode()})
     return Inventory(out)
