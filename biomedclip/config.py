@@ -118,6 +118,14 @@ def load_config(path: str | Path, model: type[ConfigT], overrides: Sequence[str]
     return check_config(values, model, path)
 
 
+def read_overrides(overrides: Sequence[str], model: type[ConfigT]) -> ConfigT:
+    """The run described by `key=value` overrides alone, for commands without a file; mistakes as in `load_config`."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(values, override)
+    return check_config(values, model, "--set")
+
+
 def check_config(values: dict[str, Any], model: type[ConfigT], where: str | Path) -> ConfigT:
     """`values` as a frozen `model`. Raises ConfigError with one line a mistake; `where` names their origin."""
     try:

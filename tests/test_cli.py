@@ -24,14 +24,23 @@ def run(*arguments, **kw):
     return subprocess.run([sys.executable, "-m", "biomedclip", *arguments], capture_output=True, text=True, **kw)
 
 
+DATA_OPTIONS = {"plan": {"source", "--out", "--set"}, "estimate": {"plan", "--set"}, "verify": {"folder"}}
+
+
 def test_the_commands_and_their_options_are_frozen():
-    found = {name: {p.opts[0] for p in command.params if p.opts[0] != "--help"} for name, command in COMMANDS.items()}
+    data = COMMANDS["data"].commands
+    assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in data.items()} == DATA_OPTIONS
+    found = {
+        name: {p.opts[0] for p in command.params if p.opts[0] != "--help"}
+        for name, command in COMMANDS.items()
+        if name != "data"
+    }
     assert found == OPTIONS
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *(f"data {name}" for name in DATA_OPTIONS)])
 def test_every_command_has_help_and_an_example(name):
-    done = CliRunner().invoke(cli.app, [name, "--help"])
+    done = CliRunner().invoke(cli.app, [*name.split(), "--help"])
     assert done.exit_code == 0
     assert f"Example: biomedclip {name}" in " ".join(done.output.split())
 
@@ -89,6 +98,21 @@ def test_the_resolved_config_can_be_printed_and_read_back(tmp_path):
     copy.write_text(done.stdout)
     assert load_config(copy, TrainConfig) == load_config(path, TrainConfig, ["seed=7"])
     assert load_config(copy, TrainConfig).seed == 7
+
+
+def test_a_plan_is_made_estimated_and_a_dataset_verified_from_the_command_line(tmp_path):
+    from importlib import resources
+
+    sample = str(resources.files("data_builders") / "sample" / "pmc")
+    plan = str(tmp_path / "plan.parquet")
+    done = run("data", "plan", sample, "--out", plan, "--set", "licence=commercial", "--set", "limit=5", check=True)
+    assert "5 planned in 1 units" in done.stdout
+    assert "articles   5 in 1 units" in run("data", "estimate", plan, "--set", "cores=4", check=True).stdout
+    refused = run("data", "plan", sample, "--out", plan)
+    assert (refused.returncode, refused.stderr) == (2, "error: --set: licence: is missing; add it\n")
+    broken = run("data", "verify", str(tmp_path))
+    assert broken.returncode == 2
+    assert "holds no finished dataset" in broken.stderr
 
 
 def test_a_missing_package_of_an_extra_is_one_line(monkeypatch, capsys):

@@ -29,7 +29,7 @@ from data_builders.pmc.panel_captions import compose_panel_caption, split_captio
 from data_builders.pmc.panel_cuts import Cutter, edge_masks, ink_mask, scale_label
 from data_builders.pmc.panel_labels import PanelLabel, find_labels
 
-MIN_CONFIDENCE = 0.5
+MIN_CONFIDENCE = 0.4
 """Below, a figure stays whole. Holds for its least certain box and for its caption alike."""
 
 _MAX_KEY = 80
@@ -142,7 +142,7 @@ def match_panels(
         sum(printed.get(box) == letter for box, letter in zip(order, letters, strict=True)) for order in orders
     ]
     order = orders[agreement[1] > agreement[0]]
-    unsure = 0.85 if not printed and orders[0] != orders[1] and _is_grid(boxes) else 1.0
+    unsure = 0.6 if not printed and orders[0] != orders[1] and _is_grid(boxes) else 1.0
     free = iter([letter for letter in letters if letter not in set(printed.values())])
     named: dict[str, PanelBox] = {}
     for box in order:
@@ -197,7 +197,7 @@ def split_figure_pair(
     if pair.panel is not None or not may_be_cut(pair.licence):
         return []
     captions = split_caption(pair.caption)
-    if len(captions.letters) < 2 or captions.confidence < min(min_confidence, 0.4):
+    if len(captions.letters) < 2 or captions.confidence < min_confidence:
         return []
     height, width = rgb.shape[:2]
     for box in boxes or ():

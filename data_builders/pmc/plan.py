@@ -17,12 +17,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biomedclip.config import check_config
 from biomedclip.errors import DataError
 from biomedclip.files import TEMPORARY_PREFIX, sha256_json, write_atomic
+from biomedclip.progress import Progress, silent
 from biomedclip.schema import Drop
-from data_builders.pmc.article_table import BATCH_ROWS, item_of_row, snapshot_of, table_schema, write_articles
-from data_builders.pmc.catalog import ArticleRecord, Source, SourceFile
+from data_builders.pmc.article_table import (
+    BATCH_ROWS,
+    crawl_articles,
+    item_of_row,
+    snapshot_of,
+    table_schema,
+    write_articles,
+)
+from data_builders.pmc.catalog import ArticleRecord, LocalBucket, Source, SourceFile
+from data_builders.pmc.client import Client, ClientConfig
+from data_builders.pmc.inventory import read_inventory
 from data_builders.pmc.plan_rules import REASONS, Columns, PlanConfig, decide, load_columns
+from data_builders.pmc.sources import OaPackages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +112,29 @@ def make_plan(
     )
     _write(articles, out, codes, facts, config.unit_size)
     return facts
+
+
+def plan_source(
+    source: str, out: str | Path, config: PlanConfig, *, snapshot: str | None = None, progress: Progress = silent
+) -> PlanFacts:
+    """The facts of a plan over `source`: a copy of the bucket, a mirror of oa_package, or the bucket's https address.
+
+    Over the network, the newest inventory (or that of `snapshot`) and the metadata it lists are kept beside `out` as
+    `.inventory.parquet` and `.articles.parquet`, so an interrupted plan goes on where it was. Raises DataError where
+    the source is neither.
+    """
+    out = Path(out)
+    if source.startswith(("https://", "http://")):
+        with Client(check_config({"endpoint": source}, ClientConfig, source)) as client:
+            inventory = read_inventory(client, out.with_suffix(".inventory.parquet"), snapshot=snapshot)
+            table = out.with_suffix(".articles.parquet")
+            crawl_articles(client, inventory, table, progress=progress)
+        return make_plan(table, out, config)
+    root = Path(source)
+    if not root.is_dir():
+        raise DataError(source, "there is no such folder", todo="name a copy of the bucket, a mirror, or https://…")
+    is_mirror = next(root.rglob("PMC*.tar.gz"), None) is not None
+    return make_plan(OaPackages(root) if is_mirror else LocalBucket(root), out, config, snapshot=snapshot)
 
 
 def plan_facts(path: str | Path) -> PlanFacts:
