@@ -35,6 +35,7 @@ def test_every_config_loads_and_opens_with_its_four_lines(path):
     lines = path.read_text().splitlines()
     heads = [line.split(":")[0] for line in lines if line.startswith("# ") and ":" in line]
     assert {"# command", "# hardware", "# time", "# expected"} <= set(heads[:8])
+    assert "XX" not in "".join(lines[:8])
     command = next(line for line in lines if line.startswith("# command"))
     assert f"configs/{path.parent.name}/{path.name}" in command
 
