@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html import unescape
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,17 @@ def test_the_weights_load_by_the_folder_and_in_open_clip(done):
     with torch.no_grad():
         assert torch.equal(model.encode_text(tokens), theirs.eval().encode_text(tokens))
     assert preprocess.transforms
+
+
+def test_the_lines_of_the_readme_run_as_they_stand(done):
+    from PIL import Image
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    names = {"picture": Image.new("L", (28, 28), 90)}
+    exec(lines.replace('"demo/run"', repr(str(done[0].report.parent / "run"))), names)
+    assert names["probabilities"].shape == (1, 2)
+    assert abs(names["probabilities"].sum().item() - 1) < 1e-5
 
 
 def test_a_second_run_finds_everything_done_and_keeps_the_numbers(done):

@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,10 @@ def match_panels(
 
 
 def _is_grid(boxes: Sequence[PanelBox]) -> bool:
-    by_left = sorted(boxes, key=lambda box: box.left)
-    by_top = sorted(boxes, key=lambda box: box.top)
-    return by_left[-1].left >= by_left[0].right and by_top[-1].top >= by_top[0].bottom
+    """Whether some boxes stand side by side and some above others, so that two reading orders are possible."""
+    pairs = list(combinations(boxes, 2))
+    beside = any(first.right <= second.left or second.right <= first.left for first, second in pairs)
+    return beside and any(first.bottom <= second.top or second.bottom <= first.top for first, second in pairs)
 
 
 def _match_positions(boxes: Sequence[PanelBox], names: Sequence[str]) -> list[PanelBox]:
