@@ -320,4 +320,6 @@ def _connect(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             "preserve_insertion_order": "false",
         }
         with duckdb.connect(config=settings) as database:
+            # DuckDB draws its bar on stdout, which belongs to results.
+            database.execute("SET enable_progress_bar = false")
             yield database

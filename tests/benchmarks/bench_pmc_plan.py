@@ -121,7 +121,7 @@ def measure(what: str, folder: Path, *arguments: str) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
