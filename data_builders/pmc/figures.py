@@ -98,14 +98,14 @@ def survey_article(article: Element) -> Survey:
     return survey
 
 
-def find_figures(survey: Survey, article_holders: frozenset[str], *, fast: bool = True) -> list[FoundFigure]:
+def find_figures(survey: Survey, article_holders: frozenset[str]) -> list[FoundFigure]:
     """The figures in document order, each once. Counts `merged_figures` in the survey."""
     found: list[FoundFigure] = []
     groups: dict[Element, tuple[str, str]] = {}
     for element in survey.containers:
         graphics = survey.graphics.get(element, [])
         if element.tag == "fig" or graphics:
-            _add_once(_read_figure(element, graphics, groups, article_holders, fast), found, survey.counts)
+            _add_once(_read_figure(element, graphics, groups, article_holders), found, survey.counts)
     return _name_figures(found)
 
 
@@ -146,11 +146,7 @@ def _place_graphic(graphic: Element, survey: Survey) -> None:
 
 
 def _read_figure(
-    element: Element,
-    graphics: list[Element],
-    groups: dict[Element, tuple[str, str]],
-    article_holders: frozenset[str],
-    fast: bool,
+    element: Element, graphics: list[Element], groups: dict[Element, tuple[str, str]], article_holders: frozenset[str]
 ) -> FoundFigure:
     flags: list[str] = []
     if element.tag != "fig":
@@ -162,8 +158,8 @@ def _read_figure(
         flags += media_flag
     text_flags: set[str] = set()
     captions = _captions(element, graphics)
-    around = _surroundings(element, captions, groups, fast)
-    caption = _join_captions(captions, around.language, text_flags, fast)
+    around = _surroundings(element, captions, groups)
+    caption = _join_captions(captions, around.language, text_flags)
     if not captions:
         # Old articles put the caption into plain paragraphs of the figure.
         caption = " ".join(filter(None, (render_text(p, text_flags) for p in element.findall("p"))))
@@ -171,7 +167,7 @@ def _read_figure(
     label = element.find("label")
     if label is None:
         label = next((node for graphic in graphics if (node := graphic.find("label")) is not None), None)
-    rights_nodes = [*element.iter("attrib", "permissions")]
+    rights_nodes = list(element.iter("attrib", "permissions"))
     for group in around.group_elements:
         rights_nodes += [*group.findall("permissions"), *group.findall("attrib")]
     rights = read_rights(
@@ -224,13 +220,13 @@ def _captions(element: Element, graphics: list[Element]) -> list[Element]:
     )
 
 
-def _join_captions(captions: list[Element], language: str | None, flags: set[str], fast: bool) -> str:
+def _join_captions(captions: list[Element], language: str | None, flags: set[str]) -> str:
     """The captions as one; of several languages only those in `language`, with the flag `multilingual_caption`."""
     stated = {normalise_language(caption.get(XML_LANG)) for caption in captions}
     if len(captions) > 1 and len(stated) > 1:
         flags.add("multilingual_caption")
         captions = [caption for caption in captions if _language_of(caption) == language] or captions[:1]
-    texts = [caption_text(caption, flags, fast=fast) for caption in captions]
+    texts = [caption_text(caption, flags) for caption in captions]
     return " ".join(dict.fromkeys(filter(None, texts)))
 
 
@@ -244,9 +240,7 @@ def _language_of(element: Element) -> str | None:
     return None
 
 
-def _surroundings(
-    element: Element, captions: list[Element], groups: dict[Element, tuple[str, str]], fast: bool
-) -> Surroundings:
+def _surroundings(element: Element, captions: list[Element], groups: dict[Element, tuple[str, str]]) -> Surroundings:
     """What the ancestors say. Of captions in several languages English is taken, or else the first."""
     languages = [language for caption in captions if (language := normalise_language(caption.get(XML_LANG)))]
     language = "en" if "en" in languages else next(iter(languages), None)
@@ -266,7 +260,7 @@ def _surroundings(
         node = node.getparent()
     for group in found_groups:
         if group not in groups:
-            groups[group] = group.get("id") or f"group@{len(groups)}", _group_text(group, fast)
+            groups[group] = group.get("id") or f"group@{len(groups)}", _group_text(group)
     return Surroundings(
         language,
         groups[found_groups[0]][0] if found_groups else None,
@@ -276,9 +270,9 @@ def _surroundings(
     )
 
 
-def _group_text(group: Element, fast: bool) -> str:
+def _group_text(group: Element) -> str:
     """Label and caption of a `fig-group`; the label alone says nothing and is left out."""
-    captions = " ".join(filter(None, (caption_text(node, set(), fast=fast) for node in group.findall("caption"))))
+    captions = " ".join(filter(None, (caption_text(node, set()) for node in group.findall("caption"))))
     label = group.find("label")
     return " ".join(filter(None, (render_text(label) if label is not None else "", captions))) if captions else ""
 

@@ -204,7 +204,7 @@ def _title(meta: Element | None) -> str:
     for path in ("title-group/article-title", "title-group/subtitle"):
         node = meta.find(path)
         if node is not None:
-            for note in node.findall(".//xref[@ref-type='fn']"):
+            for note in node.findall(".//xref[@ref-type='fn']") if len(node) else ():
                 note.text = None
                 for child in list(note):
                     note.remove(child)

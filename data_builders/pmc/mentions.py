@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from biomedclip.schema import Mention
 from data_builders.pmc.text import MARK, render_text
@@ -30,6 +31,8 @@ _AFTER_NUMBER = re.compile(rf"\d\s*\(?({_LETTERS})")
 _ONLY_LETTERS = re.compile(rf"\s*\(?({_LETTERS})\)?\s*")
 _ENDS_IN_NUMBER = re.compile(r"\d\s*$")
 _ENDS_IN_LETTER = re.compile(r"(?:\d\s*\(?|[,–-]\s*|^\s*)[A-Za-z]\)?\s*$")
+_SINGLE_LETTER = re.compile(rf"(?<![A-Za-z]){_LETTER}")
+_TAIL_STARTS = " (,;/&-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\xa0\u2009\n"
 _TAIL_GLUED = re.compile(rf"({_LETTERS})|\(({_LETTERS})\)")
 _CAPITALS = rf"[A-Z](?![A-Za-z0-9])(?:{_AND}[A-Z](?![A-Za-z0-9]))*"
 _TAIL_SPACED = re.compile(rf"\s+(?:({_CAPITALS})(?=\s*(?:[,.;:)\]]|$))|\(({_LETTERS})\))")
@@ -42,6 +45,7 @@ _ABBREVIATIONS = frozenset(
     "fig figs eq eqs eqn ref refs tab no nos al e.g i.e eg ie vs cf dr prof mr mrs ms st approx ca resp suppl supp"
     " supplementary vol sp spp subsp var cv inc ltd co corp p pp sec ext ed eds viz i.v i.p s.c i.m a.m p.m".split()
 )
+_NO_PANELS: frozenset[str] = frozenset()
 _NUMBERED_LABEL = re.compile(r"(.*?)(\d+)\W*")
 
 
@@ -85,44 +89,50 @@ def split_sentences(text: str) -> Iterator[str]:
     """The sentences of a text, which joined by single spaces are the text; `Fig. 2`, `et al. 2010` do not end one."""
     start = 0
     for match in _SENTENCE_END.finditer(text):
-        word = _LAST_WORD.search(text[max(start, match.start() - 16) : match.start()])
-        if text[match.start()] == "." and word is not None:
-            last = word[0].lower()
+        stop, end = match.span()
+        if text[stop] == ".":
+            word = _LAST_WORD.search(text[max(start, stop - 16) : stop])
+            last = word[0].lower() if word else ""
             if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
                 continue
-        yield text[start : match.end()].rstrip()
-        start = match.end()
+        yield text[start:end].rstrip()
+        start = end
     if start < len(text):
         yield text[start:]
 
 
-def read_panels(text: str, tail: str = "") -> set[str]:
+def read_panels(text: str, tail: str = "") -> frozenset[str]:
     """The panel letters a reference names: of `Fig. 2A–C` or of `Figure 2` followed by `A, C`; upper-case.
 
     What follows the reference counts only where it cannot be a word: `Fig. 2 a significant …` names no panel.
     """
-    letters: set[str] = set()
-    only = _ONLY_LETTERS.fullmatch(text)
-    for listed in [only[1]] if only else _AFTER_NUMBER.findall(text):
-        letters |= _expand(listed)
-    if not tail:
+    letters, ending = _panels_of_text(text)
+    if not tail or ending is None or not (tail[0].isalpha() or tail[0] in _TAIL_STARTS):
         return letters
+    if ending:
+        match = _TAIL_MORE.match(tail) if letters else None
+        return letters | _expand(ending + match[1]) if match else letters
+    match = _TAIL_GLUED.match(tail) or _TAIL_SPACED.match(tail)
+    return letters | _expand(match[1] or match[2]) if match else letters
+
+
+@lru_cache(maxsize=8192)
+def _panels_of_text(text: str) -> tuple[frozenset[str], str | None]:
+    """The letters in a reference, and its last one; '' in place of that after a number, None after anything else."""
+    only = _ONLY_LETTERS.fullmatch(text)
+    letters = frozenset(c for listed in ([only[1]] if only else _AFTER_NUMBER.findall(text)) for c in _expand(listed))
     if _ENDS_IN_NUMBER.search(text):
-        match = _TAIL_GLUED.match(tail) or _TAIL_SPACED.match(tail)
-        if match:
-            letters |= _expand(match[1] or match[2])
-    elif letters and _ENDS_IN_LETTER.search(text):
-        match = _TAIL_MORE.match(tail)
-        if match:
-            letters |= _expand(text.rstrip(" )")[-1] + match[1])
-    return letters
+        return letters, ""
+    return letters, text.rstrip(" )")[-1:] if _ENDS_IN_LETTER.search(text) else None
 
 
-def _expand(listed: str) -> set[str]:
-    letters = {c.upper() for c in re.findall(rf"(?<![A-Za-z]){_LETTER}", listed)}
+@lru_cache(maxsize=8192)
+def _expand(listed: str) -> frozenset[str]:
+    """The letters of a list such as `A, c` or `B–D`, upper-case, ranges written out."""
+    letters = {c.upper() for c in _SINGLE_LETTER.findall(listed)}
     for first, last in _RANGE.findall(listed):
         letters |= {chr(c) for c in range(ord(first.upper()), ord(last.upper()) + 1)}
-    return letters
+    return frozenset(letters)
 
 
 def _group_by_paragraph(
@@ -159,24 +169,25 @@ def _locate(parent: Element | None) -> tuple[bool, str | None]:
 
 def _cited_figures(
     xref: Element, targets: Mapping[str, tuple[int, ...]], labels: Sequence[str | None]
-) -> Iterator[tuple[int, set[str]]]:
+) -> Iterator[tuple[int, frozenset[str]]]:
     """Each figure that a reference names, with the panel letters that are said of it."""
     figures = _targets_of(xref, targets)
     text = "".join(xref.itertext()) if len(xref) else xref.text or ""
-    panels = read_panels(text, xref.tail or "") if len(figures) == 1 else set()
+    tail = xref.tail or ""
+    panels = read_panels(text, tail) if len(figures) == 1 else _NO_PANELS
     for figure in figures:
         yield figure, panels
     if len(figures) > 1 and re.search(r"\d\s*(?:[-\u2010-\u2015\u2212]|to)\s*S?\d", text):
-        yield from ((between, set()) for between in _between(figures[0], figures[-1], labels))
-    following = xref.getnext()
-    if figures and following is not None and following.tag == "xref" and _DASHES.fullmatch(xref.tail or ""):
+        yield from ((between, _NO_PANELS) for between in _between(figures[0], figures[-1], labels))
+    following = xref.getnext() if len(tail) < 16 and _DASHES.fullmatch(tail) else None
+    if figures and following is not None and following.tag == "xref":
         ends = _targets_of(following, targets)
         if ends and ends[0] == figures[-1]:
             last = read_panels("".join(following.itertext()))
             if len(panels) == len(last) == 1:
                 yield ends[0], _expand(f"{min(panels)}-{min(last)}")
         elif ends:
-            yield from ((between, set()) for between in _between(figures[-1], ends[0], labels))
+            yield from ((between, _NO_PANELS) for between in _between(figures[-1], ends[0], labels))
 
 
 def _targets_of(xref: Element, targets: Mapping[str, tuple[int, ...]]) -> list[int]:

@@ -91,10 +91,14 @@ def read_rights(
     `article_holders` are the article's own copyright statement and holder, normalised and lower-case: the publishers
     that repeat them at each figure say nothing new.
     """
-    credits = normalise(" ".join("".join(node.itertext()) for node in attributions))
-    text = f"{text} {credits}" if credits else text
-    third_party = words_of_others(text) or _CREDIT.search(credits) is not None
-    flags = ["has_attribution"] if credits else []
+    flags = []
+    third_party = False
+    if attributions:
+        credits = normalise(" ".join("".join(node.itertext()) for node in attributions))
+        text = f"{text} {credits}"
+        third_party = _CREDIT.search(credits) is not None
+        flags.append("has_attribution")
+    third_party = third_party or words_of_others(text)
     if _has(text.lower(), _ADAPTED_HINTS) and _ADAPTED.search(text):
         flags.append("adapted")
     licence = None
