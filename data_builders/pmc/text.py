@@ -127,7 +127,7 @@ def caption_text(caption: Element, flags: set[str]) -> str:
 
 
 def remove_boilerplate(text: str, flags: set[str]) -> str:
-    """A caption without phrases that the journal's web page put at its end; adds `boilerplate_removed` if it had any."""
+    """A caption without the journal web page's phrases at its end; adds `boilerplate_removed` if it had any."""
     start = text.rfind(" ", 0, -_BOILERPLATE_REACH) + 1
     end = text[start:].lower()
     if "(" not in end[-16:] and not any([hint in end for hint in _BOILERPLATE_HINTS]):
