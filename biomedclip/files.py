@@ -8,6 +8,7 @@ name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from biomedclip.errors import DataError
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -60,6 +63,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def explain_full_disk(folder: str | Path) -> Iterator[None]:
+    """Turn the system's word for a full disk or an exhausted quota into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(folder, "the disk is full", found=os.strerror(error.errno),
+                        todo="free space and run the same command again: what is finished stays") from None  # fmt: skip
 
 
 def remove_leftovers(folder: str | Path) -> int:
