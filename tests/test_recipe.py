@@ -61,7 +61,7 @@ MULTI = {"single": ["A chest X-ray of {x}."], "many": ["A chest X-ray of {list}.
         ({"templates": {"single": ["X-ray of {a_xx}, {x}."]}}, "did you mean '{a_x}'"),
         ({"templates": {"single": ["X-ray of {x} {0}."]}}, "a brace that is no placeholder"),
         ({"templates": {"single": ["A chest X-ray."]}}, "names no class"),
-        ({"templates": {"single": []}}, "templates.single: tuple should have at least 1 item"),
+        ({"templates": {"single": []}}, "templates.single is empty"),
         ({"templates": {"single": ["{definition} in X-ray"]}}, "all need a definition, and 'opacity' has none"),
         ({"layout": {"type": "csv", "attributes": ["view"]}, "templates": {"single": ["{view} of {x}"]}},
          "only templates with an attribute"),

@@ -1,10 +1,11 @@
 """What is known of an image to K sentences: a pure function of (recipe, sample id, k) and the labels.
 
-Reads the labels of a manifest row; yields captions in two steps. `settle_facts` decides what may be said: bans, the
-policy for uncertain labels, the hierarchy. `compose_captions` decides how: which template, which synonym, what order.
-No random module takes part: every choice is a digit of a sha256 of (name, seed, sample id, k), so the same recipe gives
-the same bytes on every machine and Python, whatever the order or the number of workers. The templates of one image are
-taken in turn, not drawn, so K captions differ wherever the recipe has K different sentences.
+Reads a manifest row; `caption_row` yields its facts and captions in two steps. `settle_facts` decides what may be
+said: bans, the policy for uncertain labels, the hierarchy. `compose_captions` decides how: which template, which
+synonym, what order. No random module takes part: every choice is a digit of a sha256 of (name, seed, sample id, k), so
+the same recipe gives the same bytes on every machine and Python, whatever the order or the number of workers. The
+templates of one image are taken in turn, not drawn, so K captions differ wherever the recipe has K different sentences.
+A set that brings its own captions keeps them word for word: nothing in a caption is a separator here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 from biomedclip.schema import LabelledImage
-from data_builders.labels.recipe import PLACEHOLDER, ClassEntry, Recipe, all_ancestors
+from data_builders.labels.recipe import ClassEntry, Recipe, all_ancestors
+from data_builders.labels.recipe_checks import PLACEHOLDER
 
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class Facts:
     negative: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
     all_negative: bool = False
-    """Every class of the recipe is stated not to hold, also those that are not spoken of."""
+    """Every class that is a finding is stated not to hold, also those that are not spoken of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,9 @@ class Speech:
     """Banned labels and everything narrower, which is of a banned class too."""
     parents: Mapping[str, tuple[str, ...]]
     """Label -> the parents that may be spoken of."""
+    normal: frozenset[str]
+    """Labels that say that nothing is found."""
+    incidental: frozenset[str]
     modality: re.Pattern[str]
     banned_words: re.Pattern[str] | None
 
@@ -95,7 +100,7 @@ def prepare_speech(recipe: Recipe) -> Speech:
     """The recipe, ready to be spoken."""
     ancestors = all_ancestors(recipe)
     banned = frozenset(label for label in recipe.labels if ({label} | ancestors[label]) & set(recipe.banned))
-    entries = {entry.label: entry for entry in recipe.classes}
+    entries = {entry.label: entry for entry in recipe.entries}
     return Speech(
         recipe=recipe,
         entries=entries,
@@ -104,6 +109,8 @@ def prepare_speech(recipe: Recipe) -> Speech:
         banned=banned,
         parents={label: tuple(parent for parent in entry.parents if parent not in banned)
                  for label, entry in entries.items()},
+        normal=frozenset(entry.label for entry in recipe.entries if entry.normal),
+        incidental=frozenset(entry.label for entry in recipe.entries if entry.incidental),
         modality=word_pattern(recipe.modality_forms),
         banned_words=word_pattern([form for label in banned for form in entries[label].forms]) if banned else None,
     )  # fmt: skip
@@ -114,17 +121,29 @@ def word_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, phrases)) + r")s?(?!\w)", re.IGNORECASE)
 
 
+def caption_row(speech: Speech, row: LabelledImage) -> tuple[Facts, tuple[str, ...]]:
+    """What is said of an image, as labels and as sentences. Raises Refused as `settle_facts` and `compose_captions` do,
+    and `no_caption` for an image without one in a set that brings its own."""
+    if speech.recipe.kind == "caption":
+        return Facts(), _native_captions(speech.recipe, row)
+    facts = settle_facts(speech, row)
+    return facts, compose_captions(speech, row.sample_id, facts, row.attributes)
+
+
 def settle_facts(speech: Speech, row: LabelledImage) -> Facts:
     """What may be said of an image. Raises Refused `banned_class`, `contradictory_labels` or `nothing_stated`.
 
     Only explicit negatives are negatives. One that is wider than a positive or possible finding is contradicted by it
-    and left unsaid; a banned class is never spoken of, and an image that shows or may show one is refused.
+    and left unsaid, as is the doubt about a class that is wider than a positive; a banned class is never spoken of, and
+    an image that shows or may show one is refused.
     """
     positive, negative, uncertain = set(row.labels), set(row.negatives), set(row.uncertain)
     if shown := (positive | uncertain) & speech.banned:
         raise Refused("banned_class", ", ".join(sorted(shown)))
     if both := (positive & (negative | uncertain)) | (negative & uncertain):
         raise Refused("contradictory_labels", ", ".join(sorted(both)))
+    if (positive & speech.normal) and (beside := (positive | uncertain) - speech.normal - speech.incidental):
+        raise Refused("contradictory_labels", f"normal, and {', '.join(sorted(beside))}")
     policy = speech.recipe.uncertain
     if policy == "positive":
         positive |= uncertain
@@ -132,9 +151,11 @@ def settle_facts(speech: Speech, row: LabelledImage) -> Facts:
         negative |= uncertain
     if policy != "hedge":
         uncertain = set()
-    all_negative = negative >= set(speech.entries)
-    wider = set().union(*(speech.ancestors[label] for label in positive | set(row.uncertain)))
-    negative -= wider | speech.banned
+    all_negative = negative >= set(speech.entries) - speech.normal
+    sure = set().union(*(speech.ancestors[label] for label in positive))
+    wider = sure.union(*(speech.ancestors[label] for label in row.uncertain))
+    negative -= wider | speech.banned | speech.normal
+    uncertain -= sure | speech.normal
     if not positive | negative | uncertain:
         detail = "only uncertain labels" if row.uncertain else ""
         raise Refused("nothing_stated", detail)
@@ -202,10 +223,24 @@ def join_words(words: Sequence[str], conjunction: str) -> str:
     return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
+def _native_captions(recipe: Recipe, row: LabelledImage) -> tuple[str, ...]:
+    """The caption that came with the image, in each of the recipe's sentences or else alone."""
+    text = " ".join((row.text or "").split())
+    if not text:
+        raise Refused("no_caption")
+    known = {column: " ".join(row.attributes.get(column, "").split()) for column in recipe.attributes}
+    values = {"text": text, "modality": recipe.modality, **known}
+    usable = [t for t in recipe.templates.single if all(values[name] for name in PLACEHOLDER.findall(t))]
+    captions = dict.fromkeys(_fill(template, values) for template in usable or ("{text}",))
+    return tuple(captions)[: recipe.captions_per_image]
+
+
 def _positive(
     speech: Speech, labels: tuple[str, ...], attributes: Mapping[str, str], k: int, own: Dice, dice: Dice
 ) -> str:
     recipe = speech.recipe
+    if recipe.fields:
+        return _of_fields(speech, labels, attributes, k, own, dice)
     chosen = _choose(labels, recipe.compose.max_positive, recipe, dice)
     values = {"modality": recipe.modality, **attributes}
     if len(chosen) > 1:
@@ -215,10 +250,28 @@ def _positive(
     entry = speech.entries[chosen[0]]
     if entry.definition is not None:
         values["definition"] = entry.definition
-    template, turn = _take(recipe.templates.single, values, k, own)
+    whole = recipe.paraphrases.get(entry.label, ()) if len(labels) == 1 else ()
+    template, turn = _take((*recipe.templates.single, *whole), values, k, own)
     form = _form(speech, entry.label, turn, own)
     spoken = _with_parent(speech, entry.label, form, labels, dice)
     return _fill(template, {**values, "x": spoken, "a_x": with_article(spoken) if entry.countable else spoken})
+
+
+def _of_fields(
+    speech: Speech, labels: tuple[str, ...], attributes: Mapping[str, str], k: int, own: Dice, dice: Dice
+) -> str:
+    """A sentence on the classes of several fields; a template is used where all fields that it names are known."""
+    recipe = speech.recipe
+    entries = {label.partition("=")[0]: speech.entries[label] for label in labels}
+    known = {"modality": recipe.modality, **attributes}
+    for name, entry in entries.items():
+        known |= {name: entry.name, f"a_{name}": entry.name, f"{name}_definition": entry.definition or ""}
+    template, turn = _take(recipe.templates.single, known, k, own)
+    for name, entry in entries.items():
+        form = _form(speech, entry.label, turn, own)
+        spoken = _with_parent(speech, entry.label, form, labels, dice)
+        known |= {name: spoken, f"a_{name}": with_article(spoken) if entry.countable else spoken}
+    return _fill(template, known)
 
 
 def _any_of(

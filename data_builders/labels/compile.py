@@ -21,8 +21,9 @@ from biomedclip.files import sha256_file, sha256_json
 from biomedclip.images import BadImage, check_image
 from biomedclip.layouts import read_bytes, read_manifest
 from biomedclip.schema import SPLITS, Drop, LabelledImage, Manifest, Pair, Split
-from data_builders.labels.captions import Refused, Speech, compose_captions, prepare_speech, settle_facts
-from data_builders.labels.recipe import Recipe, recipe_sha256
+from data_builders.labels.captions import Refused, Speech, caption_row, prepare_speech
+from data_builders.labels.fields import label_fields
+from data_builders.labels.recipe import Recipe, layout_options, recipe_sha256
 
 _MAX_KEY = 80
 
@@ -32,28 +33,25 @@ def read_labelled_set(recipe: Recipe, root: str | Path) -> Manifest:
 
     Raises DataError for data that is not what the recipe describes, ConfigError for a layout that is not.
     """
-    options = {key: value for key, value in recipe.layout.items() if key != "type"}
-    # Some files give indices into a list of names in an order of their own; label ids are the recipe's all the same.
-    options.setdefault("classes", list(recipe.labels))
-    if set(options["classes"]) != set(recipe.labels):
-        raise ConfigError(
-            f"recipe {recipe.name}: layout.classes", "are not the labels of classes",
-            found=", ".join(options["classes"]), todo="leave it out; the recipe's labels are used",
-        )  # fmt: skip
-    return read_manifest(recipe.layout["type"], root, name=recipe.name, **options)
+    manifest = read_manifest(recipe.layout["type"], root, name=recipe.name, **layout_options(recipe))
+    return label_fields(recipe, manifest) if recipe.kind == "multi_field" else manifest
 
 
 def check_expected(recipe: Recipe, manifest: Manifest) -> None:
-    """Raise DataError where the counts of a split are not those of the recipe's `expect`."""
+    """Raise DataError where the counts of a split are not those of the recipe's `expect`, or more than those."""
+    if (expect := recipe.expect) is None:
+        return
     counts = Counter((row.split or "train", label) for row in manifest.rows for label in row.labels)
-    for split, expected in (recipe.expect.counts if recipe.expect else {}).items():
-        for label, count in expected.items():
-            if counts[split, label] != count:
-                raise DataError(
-                    f"{manifest.root}: {split}", f"has not the {count} images of '{label}' that recipe "
-                    f"'{recipe.name}' expects", found=str(counts[split, label]),
-                    todo="get the whole set, or change expect.counts in a copy of the recipe",
-                )  # fmt: skip
+    images = Counter(row.split or "train" for row in manifest.rows)
+    found = [(split, "images", images[split], number) for split, number in expect.images.items()]
+    found += [(split, f"images of '{label}'", counts[split, label], number)
+              for split, expected in expect.counts.items() for label, number in expected.items()]  # fmt: skip
+    for split, what, number, expected_number in found:
+        if number > expected_number or (expect.exact and number < expected_number):
+            raise DataError(
+                f"{manifest.root}: {split}", f"has not the {expected_number} {what} that recipe '{recipe.name}' "
+                "expects", found=str(number), todo="get the whole set, or change expect in a copy of the recipe",
+            )  # fmt: skip
 
 
 def compile_pairs(
@@ -109,7 +107,7 @@ def describe_set(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": {
             "name": recipe.name, "title": recipe.title, "sha256": recipe_sha256(recipe), "kind": recipe.kind,
-            "classes": {entry.label: entry.name for entry in recipe.classes}, "banned": list(recipe.banned),
+            "classes": {entry.label: entry.name for entry in recipe.entries}, "banned": list(recipe.banned),
             "licence_evidence": recipe.licence.evidence,
         },
         "attribution": [{
@@ -141,8 +139,7 @@ def sample_key(recipe: str, split: str, sample_id: str, used: set[str]) -> str:
 def _pair(speech: Speech, manifest: Manifest, row: LabelledImage, split: Split, digest: str, used: set[str]) -> Pair:
     """The row's pair. Raises Refused, BadImage or DataError."""
     recipe = speech.recipe
-    facts = settle_facts(speech, row)
-    captions = compose_captions(speech, row.sample_id, facts, row.attributes)
+    facts, captions = caption_row(speech, row)
     image = check_image(read_bytes(manifest, row))
     return Pair(
         key=sample_key(recipe.name, split, row.sample_id, used),
@@ -186,8 +183,8 @@ def _group_homes(manifest: Manifest) -> Mapping[str, str]:
 
 
 def _check_kind(recipe: Recipe, manifest: Manifest) -> None:
-    many = recipe.kind == "multi"
-    if (manifest.kind == "multi") != many or manifest.kind == "caption":
+    one = manifest.kind if manifest.kind in ("multi", "caption") else "single"
+    if one != {"multi": "multi", "multi_field": "multi", "caption": "caption"}.get(recipe.kind, "single"):
         raise ConfigError(f"recipe {recipe.name}: kind", f"is {recipe.kind}, the data set's labels are not",
                           found=manifest.kind, todo="change kind, or the layout's label options")  # fmt: skip
     if unknown := [label for label in manifest.classes if label not in recipe.labels]:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from biomedclip.tokens import count_tokens
 from data_builders.labels.captions import Facts, Refused, Speech, compose_captions, prepare_speech, word_pattern
-from data_builders.labels.recipe import PLACEHOLDER, Recipe
+from data_builders.labels.recipe import Recipe
+from data_builders.labels.recipe_checks import PARTS, PLACEHOLDER
 
 MAX_TOKENS = 75
 """CLIP's context of 77 without the start and end tokens."""
