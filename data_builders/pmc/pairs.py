@@ -49,7 +49,17 @@ class SplitConfig(Config):
         return self
 
 
-class PmcConfig(Config):
+class PmcRules(Config):
+    """What becomes of the figures of an article, wherever its files come from."""
+
+    languages: tuple[str, ...] | None = ("en",)
+    """Primary language tags to keep; None keeps all. A figure whose language nothing states is kept and flagged."""
+    third_party: Literal["drop", "keep"] | None = None
+    """Figures that speak of somebody else's rights; None drops them under every preset but `all`."""
+    splits: SplitConfig = SplitConfig()
+
+
+class PmcConfig(PmcRules):
     """A source of PMC articles and the rules that only it can apply."""
 
     kind: Literal["pmc"] = "pmc"
@@ -57,11 +67,6 @@ class PmcConfig(Config):
     """A local copy of the PMC Cloud Service bucket; `sample://pmc` is the one that comes with the project."""
     snapshot: str | None = None
     """When the copy was taken; the dataset card states it, as the terms of the service ask."""
-    languages: tuple[str, ...] | None = ("en",)
-    """Primary language tags to keep; None keeps all. A figure whose language nothing states is kept and flagged."""
-    third_party: Literal["drop", "keep"] | None = None
-    """Figures that speak of somebody else's rights; None drops them under every preset but `all`."""
-    splits: SplitConfig = SplitConfig()
 
 
 @dataclass(slots=True)
@@ -70,7 +75,7 @@ class _Context:
 
     record: ArticleRecord
     source: Source
-    config: PmcConfig
+    config: PmcRules
     preset: str
     article: Article
     split: Split
@@ -85,7 +90,7 @@ class _Refused(ValueError):
 
 
 def article_pairs(
-    record: ArticleRecord, source: Source, config: PmcConfig, *, preset: str
+    record: ArticleRecord, source: Source, config: PmcRules, *, preset: str
 ) -> Iterator[Article | Pair | Drop]:
     """The article's facts, then one Pair or Drop a figure; one Drop alone where its XML cannot be read.
 
@@ -186,9 +191,11 @@ def _pair(figure: Figure, context: _Context, refusal: str | None) -> Pair:
     if not caption:
         raise _Refused("no_caption", figure.label or "")
     file = _file(figure, context)
+    # Before the picture is read: a picture that cannot be had today must not lend its key to another one.
+    key = sample_key(record, figure, context.used_keys)
     image = _image(file, context)
     return Pair(
-        key=sample_key(record, figure, context.used_keys),
+        key=key,
         image=image.data,
         image_format=image.format,
         width=image.width,
