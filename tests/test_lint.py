@@ -22,7 +22,7 @@ MULTI = {
 def lint(**changes: Any) -> str:
     recipe = {
         "name": "lungs", "title": "Lungs", "modality": "chest X-ray", "modality_synonyms": ["chest radiograph"],
-        "layout": {"type": "image_folder"}, "kind": "single", "classes": CLASSES,
+        "layout": {"type": "image_folder"}, "kind": "single", "classes": CLASSES, "captions_per_image": 2,
         "templates": {"single": ["A chest X-ray showing {x}."]},
         "licence": {"code": "CC0", "evidence": "made up"}, "citation": "nobody",
     } | changes  # fmt: skip
