@@ -18,19 +18,26 @@ data_app = typer.Typer(
 
 @data_app.command("plan", epilog="Example: biomedclip data plan mirror/ --out plan.parquet --set licence=commercial")
 def data_plan(
-    source: Annotated[str, typer.Argument(help="A copy of the PMC bucket, a mirror of oa_package, or its https URL.")],
+    source: Annotated[
+        str, typer.Argument(help="A copy of the PMC bucket, a mirror of oa_package, an https URL, a table.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan: one parquet file.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="licence (required), since, until, limit, …")
+    ] = None,
+    only: Annotated[
+        Path | None, typer.Option("--only", help="A diff made by `biomedclip data diff`: plan its articles alone.")
     ] = None,
 ) -> None:
     """Freeze which article versions will be built: one parquet with every row planned, or left out for a reason."""
     from biomedclip.config import read_overrides
     from biomedclip.progress import terminal
+    from data_builders.pmc.diff import changed_articles
     from data_builders.pmc.plan import plan_source
     from data_builders.pmc.plan_rules import PlanConfig
 
-    facts = plan_source(source, out, read_overrides(overrides or (), PlanConfig), progress=terminal)
+    articles = None if only is None else changed_articles(only)
+    facts = plan_source(source, out, read_overrides(overrides or (), PlanConfig), only=articles, progress=terminal)
     typer.echo(f"{out}: {facts.seen:,} article versions seen, {facts.planned:,} planned in {facts.units:,} units")
     for reason, count in sorted(facts.excluded.items(), key=lambda item: -item[1]):
         typer.echo(f"  {count:>9,} left out: {reason}")
@@ -55,6 +62,22 @@ def data_estimate(
         f"time       {found.hours:,.1f} h (line {found.network_hours:,.1f} h, one core {found.cpu_hours:,.1f} h)"
     )
     typer.echo("\n".join(f"  assumed  {line}" for line in found.assumptions))
+
+
+@data_app.command("diff", epilog="Example: biomedclip data diff old.articles.parquet new.articles.parquet -o d.parquet")
+def data_diff(
+    old: Annotated[Path, typer.Argument(help="An inventory, an article table, or a copy of the bucket.")],
+    new: Annotated[Path, typer.Argument(help="The same of a later day.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The diff: one parquet file.")],
+) -> None:
+    """Say which article versions are new, changed, withdrawn or under another licence between two days."""
+    from data_builders.pmc.diff import diff_tables
+
+    facts = diff_tables(old, new, out)
+    for kind, count in facts.counts.items():
+        typer.echo(f"{count:>9,} {kind}")
+    if facts.tables == "inventories":
+        typer.echo("inventories know no licences and retractions: compare article tables before a purge", err=True)
 
 
 @data_app.command("verify", epilog="Example: biomedclip data verify shards/pmc")

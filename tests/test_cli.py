@@ -24,7 +24,7 @@ def run(*arguments, **kw):
     return subprocess.run([sys.executable, "-m", "biomedclip", *arguments], capture_output=True, text=True, **kw)
 
 
-DATA_OPTIONS = {"plan": {"source", "--out", "--set"}, "estimate": {"plan", "--set"}, "verify": {"folder"}}
+DATA_OPTIONS = {"diff": {"old", "new", "--out"}, "plan": {"source", "--out", "--set", "--only"}, "estimate": {"plan", "--set"}, "verify": {"folder"}}
 
 
 def test_the_commands_and_their_options_are_frozen():

@@ -21,7 +21,7 @@ from data_builders.pmc.article_table import crawl_articles, read_articles, write
 from data_builders.pmc.catalog import ArticleRecord, BadFile, LocalBucket, SourceFile, choose_versions
 from data_builders.pmc.client import Client, ClientConfig
 from data_builders.pmc.estimate import Rates, estimate_plan
-from data_builders.pmc.inventory import Change, Inventory, diff_inventories, find_manifest, read_inventory
+from data_builders.pmc.inventory import Inventory, find_manifest, read_inventory
 from data_builders.pmc.plan import PlannedSource, make_plan, plan_facts, read_exclusions, read_plan
 from data_builders.pmc.plan_rules import PlanConfig
 from data_builders.pmc.sources import CloudBucket, OaPackages
@@ -182,15 +182,6 @@ def test_the_newest_inventory_becomes_a_sorted_table(tmp_path):
     assert table.facts.snapshot == "2026-01-18T01-00Z"
     assert list(table) == ["PMC2.1", "PMC10.1", "PMC10.2"]
     assert (len(table), table.facts.other_keys) == (3, 1)
-
-
-def test_two_inventories_differ_by_what_is_new_changed_and_removed(tmp_path):
-    new = {"metadata/PMC2.1.json": "a" * 32, "metadata/PMC10.2.json": "e" * 32, "metadata/PMC11.1.json": "f" * 32}
-    read(inventory_bucket(OLD), tmp_path / "old.parquet")
-    read(inventory_bucket(new), tmp_path / "new.parquet")
-    assert list(diff_inventories(tmp_path / "old.parquet", tmp_path / "new.parquet")) == [
-        Change("PMC10.1", "removed"), Change("PMC10.2", "changed"), Change("PMC11.1", "new")
-    ]  # fmt: skip
 
 
 def test_a_damaged_inventory_is_refused_whole(tmp_path):

@@ -1,11 +1,11 @@
-"""The bucket's daily inventory in, one table of article versions out, and the difference between two such tables.
+"""The bucket's daily inventory in, one table of article versions out; `data_builders.pmc.diff` compares two of them.
 
 Reads the newest `manifest.json` below the inventory prefix and the csv.gz files it names (md5-checked, one at a time);
 writes a parquet of one row an article version, sorted by PMC id and version. Columns are taken from the manifest's
 `fileSchema`, because the bucket's own description has them in another order than the files. An article's metadata
 JSON holds the md5 of all its files, so the JSON's ETag alone tells whether anything in the article changed. Grouping
-and comparing are left to DuckDB with a memory limit: the tables have 8 million rows today, and more if the inventory
-should one day list every object.
+is left to DuckDB with a memory limit: the tables have 8 million rows today, and more if the inventory should one day
+list every object.
 """
 
 from __future__ import annotations
@@ -79,14 +79,6 @@ class InventoryFacts:
     """Keys listed."""
     other_keys: int
     """Keys that belong to no article version: README.txt, the inventory's own files."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One article version that differs between two inventories."""
-
-    article_id: str
-    kind: Literal["new", "changed", "removed"]
 
 
 class Inventory:
@@ -168,23 +160,6 @@ def read_inventory(client: Client, out: str | Path, *, snapshot: str | None = No
     manifest = find_manifest(client, snapshot)
     counts = _Counts()
     return _write_grouped(_stream_keys(client, manifest, counts), Path(out), manifest.snapshot, counts)
-
-
-def diff_inventories(old: str | Path, new: str | Path) -> Iterator[Change]:
-    """Article versions that are new, changed or removed from `old` to `new`, sorted by PMC id and version."""
-    paths = [str(Inventory(path).path) for path in (old, new)]
-    sql = """
-        SELECT coalesce(b.article_id, a.article_id) AS article_id,
-               CASE WHEN a.pmcid IS NULL THEN 'new' WHEN b.pmcid IS NULL THEN 'removed' ELSE 'changed' END AS kind
-        FROM read_parquet($1) a FULL OUTER JOIN read_parquet($2) b ON a.pmcid = b.pmcid AND a.version = b.version
-        WHERE a.pmcid IS NULL OR b.pmcid IS NULL OR a.etag IS DISTINCT FROM b.etag
-           OR (a.etag IS NULL AND (a.last_modified, a.keys) IS DISTINCT FROM (b.last_modified, b.keys))
-        ORDER BY coalesce(b.pmcid, a.pmcid), coalesce(b.version, a.version)
-    """
-    with _connect(Path(new).parent) as database:
-        cursor = database.execute(sql, paths)
-        while rows := cursor.fetchmany(10_000):
-            yield from (Change(*row) for row in rows)
 
 
 @dataclass(slots=True)
@@ -290,7 +265,7 @@ def _write_grouped(batches: Iterator[pa.RecordBatch], out: Path, snapshot: str, 
     schema = pa.schema({"article_id": text, "pmcid": number, "version": pa.int16(), "etag": text,
                         "last_modified": text, "keys": number})  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _connect(out.parent) as database, write_atomic(out) as file:
+    with open_database(out.parent) as database, write_atomic(out) as file:
         database.register("keys", keys)
         grouped, articles = database.sql(sql), 0
         # DuckDB renamed the method in version 2.
@@ -309,8 +284,8 @@ def _write_grouped(batches: Iterator[pa.RecordBatch], out: Path, snapshot: str, 
 
 
 @contextmanager
-def _connect(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory that spills into a temporary folder inside `folder`."""
+def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB with a memory limit in memory that spills into a temporary folder inside `folder`."""
     import duckdb
 
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as spill:

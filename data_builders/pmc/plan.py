@@ -115,13 +115,19 @@ def make_plan(
 
 
 def plan_source(
-    source: str, out: str | Path, config: PlanConfig, *, snapshot: str | None = None, progress: Progress = silent
+    source: str,
+    out: str | Path,
+    config: PlanConfig,
+    *,
+    only: Iterable[int] | None = None,
+    snapshot: str | None = None,
+    progress: Progress = silent,
 ) -> PlanFacts:
-    """The facts of a plan over `source`: a copy of the bucket, a mirror of oa_package, or the bucket's https address.
+    """The facts of a plan over `source`: a copy of the bucket, a mirror of oa_package, an https address, a table.
 
     Over the network, the newest inventory (or that of `snapshot`) and the metadata it lists are kept beside `out` as
-    `.inventory.parquet` and `.articles.parquet`, so an interrupted plan goes on where it was. Raises DataError where
-    the source is neither.
+    `.inventory.parquet` and `.articles.parquet`, so an interrupted plan goes on where it was. `only` as in `make_plan`.
+    Raises DataError where the source is neither.
     """
     out = Path(out)
     if source.startswith(("https://", "http://")):
@@ -129,12 +135,14 @@ def plan_source(
             inventory = read_inventory(client, out.with_suffix(".inventory.parquet"), snapshot=snapshot)
             table = out.with_suffix(".articles.parquet")
             crawl_articles(client, inventory, table, progress=progress)
-        return make_plan(table, out, config)
+        return make_plan(table, out, config, only=only)
     root = Path(source)
+    if root.is_file():
+        return make_plan(root, out, config, only=only)
     if not root.is_dir():
         raise DataError(source, "there is no such folder", todo="name a copy of the bucket, a mirror, or https://…")
     is_mirror = next(root.rglob("PMC*.tar.gz"), None) is not None
-    return make_plan(OaPackages(root) if is_mirror else LocalBucket(root), out, config, snapshot=snapshot)
+    return make_plan(OaPackages(root) if is_mirror else LocalBucket(root), out, config, only=only, snapshot=snapshot)
 
 
 def plan_facts(path: str | Path) -> PlanFacts:

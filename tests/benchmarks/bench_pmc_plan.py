@@ -22,7 +22,7 @@ MEASURE = """
 import json, os, resource, sys, time
 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
 from pathlib import Path
-from data_builders.pmc.inventory import diff_inventories
+from data_builders.pmc.diff import diff_tables
 from data_builders.pmc.plan import make_plan, read_plan
 from data_builders.pmc.plan_rules import PlanConfig
 what, folder = sys.argv[1], Path(sys.argv[2])
@@ -35,10 +35,7 @@ if what == "plan":
 elif what == "unit":
     result = {"records": sum(1 for _ in read_plan(folder / "plan.parquet", [int(sys.argv[3])]))}
 else:
-    kinds = {}
-    for change in diff_inventories(folder / "old.parquet", folder / "new.parquet"):
-        kinds[change.kind] = kinds.get(change.kind, 0) + 1
-    result = kinds
+    result = diff_tables(folder / "old.parquet", folder / "new.parquet", folder / "diff.parquet").counts
 result |= {"s": time.perf_counter() - start}
 result |= {"gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 print(json.dumps(result))
