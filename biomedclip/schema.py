@@ -144,8 +144,9 @@ class ImageRef:
 
     path: str
     """Relative to the manifest's root, with forward slashes."""
-    part: str | int | None = None
-    """Row of an array, frame of a DICOM, member of a tar; None for a whole file."""
+    part: str | None = None
+    """Row of an array, frame of a DICOM, member of a tar, as `<scheme>:<what>` (`biomedclip.layouts.READERS`); None for
+    a whole file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

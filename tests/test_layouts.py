@@ -164,7 +164,11 @@ def test_a_missing_picture_is_a_drop_and_all_missing_an_error(folder):
         ("file,lable\ntrain/cat/p0_0.png,a\n", {}, "has no column 'label'"),
         ("file,label\ntrain/cat/p0_0.png\n", {}, "row 2: has not 2 cells"),
         ("file,label,file\na,b,c\n", {}, "names a column twice"),
-        ("file,label\ntrain/cat/p0_0.png,a\ntrain/cat/p0_0.png,a\n", {}, "1 samples are listed twice"),
+        (
+            "file,label\ntrain/cat/p0_0.png,a\ntrain/cat/p0_0.png,a\n",
+            {},
+            "row 3: lists train/cat/p0_0.png twice; remove the row",
+        ),
         ("file,label,s\ntrain/cat/p0_0.png,a,holdout\n", {"split": "s"}, r"names no split \(found 'holdout'\)"),
         ("file,label\ntrain/cat/p0_0.png,a\n", {"classes": ["b"]}, "not declared"),
         ("file,label\ntrain/cat/p0_0.png,2\n", {"label": None, "label_columns": ["label"]}, "values does not explain"),
@@ -381,7 +385,7 @@ def plain_npz(path, **changes):
     [
         ({"val_labels": np.full((40, 1), 0.5)}, "labels that are no integers"),
         ({"val_labels": np.full((40, 1), "x")}, "labels that are no integers"),
-        ({"val_images": np.zeros((40, 28, 28, 28), np.uint8)}, "volumes need the volume layout"),
+        ({"val_images": np.zeros((40, 28, 28, 28), np.uint8)}, r"has volumes, which are no pictures .*layout\.slices"),
         ({"val_images": np.zeros((40, 28, 28), np.float32)}, "8-bit"),
     ],
 )

@@ -1,7 +1,9 @@
 """A labelled data set on disk, in any common layout, to one Manifest table; builders and evaluation share it.
 
 `read_manifest("csv", root, table="labels.csv", image="file", label="finding")` gives the table, `read_bytes` and
-`read_rgb` fetch the picture of a row. A layout is one function in one module here and one line in `LAYOUTS`.
+`read_rgb` fetch the picture of a row. A layout is one function in one module here and one line in `LAYOUTS`. Where a
+picture is no file of its own, `ImageRef.part` says what it is of the file as `<scheme>:<what>`, and `READERS` holds one
+line a scheme: the reference alone, without the layout and its options, brings the picture back in any process.
 """
 
 from __future__ import annotations
@@ -18,17 +20,31 @@ from pydantic import TypeAdapter, ValidationError
 
 from biomedclip import images
 from biomedclip.errors import ConfigError, DataError
+from biomedclip.layouts.arrow import read_arrow_picture, read_hf_dataset
 from biomedclip.layouts.dataset import read_dataset, read_sample
-from biomedclip.layouts.folders import read_image_folder
-from biomedclip.layouts.medmnist import read_array, read_medmnist
+from biomedclip.layouts.folders import read_filename_pattern, read_image_folder
+from biomedclip.layouts.hdf5 import read_hdf5, read_hdf5_picture
+from biomedclip.layouts.listings import read_coco, read_coop, read_crop
+from biomedclip.layouts.medmnist import read_medmnist, read_npz_picture
+from biomedclip.layouts.published import read_chexpert, read_flair, read_medimeta
 from biomedclip.layouts.tables import read_table
+from biomedclip.layouts.tars import read_tar_member, read_webdataset
 from biomedclip.schema import LabelledImage, Manifest
 
 LAYOUTS: dict[str, Callable[..., Manifest]] = {
+    "chexpert_csv": read_chexpert,
+    "coco_json": read_coco,
+    "coop_json": read_coop,
     "csv": read_table,
     "dataset_folder": read_dataset,
+    "filename_pattern": read_filename_pattern,
+    "flair_csv": read_flair,
+    "hdf5": read_hdf5,
+    "hf_dataset": read_hf_dataset,
     "image_folder": read_image_folder,
+    "medimeta": read_medimeta,
     "medmnist_npz": read_medmnist,
+    "webdataset": read_webdataset,
 }
 
 
@@ -70,35 +86,51 @@ def _check_options(layout: str, read: Callable[..., Manifest], options: dict[str
 
 
 def read_bytes(manifest: Manifest, row: LabelledImage) -> bytes:
-    """The encoded picture of a row: the file's own bytes, or a lossless PNG of an array's row.
+    """The encoded picture of a row: the file's own bytes where it is a picture, else a lossless PNG.
 
     Raises DataError, naming the sample, where it cannot be read.
     """
-    path, part = Path(manifest.root) / row.image.path, row.image.part
-    if part is None:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{manifest.root}: {row.sample_id}", f"cannot be read: {error.strerror}") from None
-    if path.suffix == ".tar":
-        return read_sample(manifest.root, str(part)).image
+    picture = _read_picture(manifest, row)
+    if isinstance(picture, bytes):
+        return picture
     buffer = io.BytesIO()
     # Level 1 is a third of the time of the default for a tenth more bytes, on pictures of 28 pixels.
-    _array_picture(manifest, row).save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def read_rgb(manifest: Manifest, row: LabelledImage) -> Image.Image:
     """The picture of a row as 8-bit RGB, exactly as stored. Raises DataError, naming the sample."""
-    if row.image.part is not None and Path(row.image.path).suffix != ".tar":
-        return _array_picture(manifest, row).convert("RGB")
-    return images.read_rgb(read_bytes(manifest, row), f"{manifest.root}: {row.sample_id}")
+    picture = _read_picture(manifest, row)
+    if isinstance(picture, bytes):
+        return images.read_rgb(picture, f"{manifest.root}: {row.sample_id}")
+    return picture.convert("RGB")
 
 
-def _array_picture(manifest: Manifest, row: LabelledImage) -> Image.Image:
-    split, _, number = str(row.image.part).rpartition("/")
-    picture = read_array(str(Path(manifest.root) / row.image.path), f"{split}_images")[int(number)]
-    if picture.dtype != "uint8" or picture.ndim not in (2, 3):
-        raise DataError(f"{manifest.root}: {row.sample_id}", "is not an 8-bit picture",
-                        found=f"{picture.dtype} {picture.shape}", todo="volumes need the volume layout")  # fmt: skip
-    return Image.fromarray(picture)
+def _read_picture(manifest: Manifest, row: LabelledImage) -> bytes | Image.Image:
+    scheme, _, rest = (row.image.part or "file:").partition(":")
+    return READERS[scheme](Path(manifest.root) / row.image.path, rest, f"{manifest.root}: {row.sample_id}")
+
+
+def _read_file(path: Path, rest: str, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(where, f"cannot be read: {error.strerror}") from None
+
+
+def _read_shard_image(path: Path, key: str, where: str) -> bytes:
+    return read_sample(str(path.parent), key).image
+
+
+READERS: dict[str, Callable[[Path, str, str], bytes | Image.Image]] = {
+    "arrow": read_arrow_picture,
+    "crop": read_crop,
+    "file": _read_file,
+    "hdf5": read_hdf5_picture,
+    "npz": read_npz_picture,
+    "shard": _read_shard_image,
+    "tar": read_tar_member,
+}
+"""How each scheme of `ImageRef.part` is read: (file, what follows the scheme, where for messages) -> encoded bytes, or
+a picture that has no encoding of its own. Every reader opens its file in the process that reads."""

@@ -32,7 +32,7 @@ def read_dataset(
             rows.append(
                 LabelledImage(
                     sample_id=row["key"],
-                    image=ImageRef(path=row["shard"], part=row["key"]),
+                    image=ImageRef(path=row["shard"], part=f"shard:{row['key']}"),
                     labels=tuple(row["labels"] or ()),
                     split=row["split"],
                     group_id=row["article_id"] or row["group_id"],

@@ -7,13 +7,14 @@ hash are settled here once, so that two layouts of the same data differ in nothi
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from biomedclip.errors import DataError
+from biomedclip.errors import ConfigError, DataError
 from biomedclip.files import sha256_json
 from biomedclip.schema import SPLITS, Drop, LabelKind, LabelledImage, Manifest
 
@@ -58,14 +59,47 @@ def make_manifest(
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"declared classes: {', '.join(known)}"
         raise DataError(f"{root}: {sample}", "has a label that is not declared", found=repr(label), todo=hint)
-    facts = [kind, list(known), [asdict(row) for row in ordered], list(content)]
+    facts = [kind, list(known), [_facts(row) for row in ordered], list(content)]
     return Manifest(
         name=name, root=str(root), kind=kind, classes=known, rows=ordered, drops=tuple(drops),
         sha256=sha256_json(facts),
     )  # fmt: skip
 
 
-def name_split(text: str, where: str | Path, names: dict[str, str] | None = None) -> str:
+def _facts(row: LabelledImage) -> dict[str, Any]:
+    """The row as JSON has it; `dataclasses.asdict` copies deeply, which is most of the time of 50,000 rows."""
+    return {
+        "sample_id": row.sample_id, "image": {"path": row.image.path, "part": row.image.part}, "labels": row.labels,
+        "negatives": row.negatives, "uncertain": row.uncertain, "split": row.split, "group_id": row.group_id,
+        "attributes": dict(row.attributes), "text": row.text,
+    }  # fmt: skip
+
+
+def hash_id(name: str, value: str) -> str:
+    """16 hex digits that stand for an identifier of a patient, study or file in the data set called `name`.
+
+    The name is the salt: the same patient gets other digits in another set, and equal ones on every machine.
+    """
+    return hashlib.sha256(f"{name}\n{value}".encode()).hexdigest()[:16]
+
+
+def compile_pattern(pattern: str, option: str, *, groups: Iterable[str] = ()) -> re.Pattern[str]:
+    """The regular expression of an option. Raises ConfigError where it is none, or lacks one of the named `groups`,
+    or, where none is asked for, any group at all."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"layout.{option}", f"is no regular expression: {error}", found=repr(pattern)) from None
+    for group in groups:
+        if group not in compiled.groupindex:
+            raise ConfigError(f"layout.{option}", f"has no group '{group}'", found=repr(pattern),
+                              todo=f"put (?P<{group}>…) around the {group}")  # fmt: skip
+    if compiled.groups < 1:
+        raise ConfigError(f"layout.{option}", "has no group", found=repr(pattern), todo="put (…) around the id")
+    return compiled
+
+
+def name_split(text: str, where: str | Path, names: Mapping[str, str] | None = None) -> str:
     """`train`, `val` or `test` for what a data set writes; `names` adds its own words.
 
     Raises DataError for a word that is none of them.
