@@ -165,6 +165,9 @@ def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
 
     bucket = LocalBucket(resolve_root(config.root))
     digest, count = fingerprint(bucket)
+    side_files = config.side_files()
+    if side_files:
+        digest = sha256_json({"articles": digest, **side_files})
 
     def items(advance: Callable[[], None]) -> Iterator[Article | Pair | Drop]:
         for record in choose_versions(bucket.records()):

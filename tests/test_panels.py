@@ -11,8 +11,9 @@ from PIL import Image
 
 from biomedclip.errors import DataError
 from biomedclip.schema import Pair
+from data_builders.pmc.panel_boxes import read_boxes
 from data_builders.pmc.panel_captions import split_caption
-from data_builders.pmc.panels import PanelBox, match_panels, read_boxes, split_figure_pair, split_image
+from data_builders.pmc.panels import PanelBox, match_panels, split_figure_pair, split_image
 
 BENCH = Path(__file__).parent / "benchmarks" / "bench_panels.py"
 

@@ -5,7 +5,8 @@ figure exactly once. What concerns the whole article (retraction, licence) is as
 figure, so that the ledger says what a rule costs; only where the XML itself cannot be read there is one Drop with the
 article id as item, because nobody knows how many figures were lost. Nothing is inferred: without a stated licence that
 the preset admits, no figure of the article is kept, and a figure whose caption or permissions speak of somebody else's
-rights is kept only under the preset `all`, or where the config says so.
+rights is kept only under the preset `all`, or where the config says so. Panels (`panel_pairs`) and caption concepts
+are added only where the config asks for them; a panel is an item of its own, seen and counted like a figure.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from biomedclip.config import Config
 from biomedclip.images import BadImage, CheckedImage, check_image
 from biomedclip.licences import is_allowed
 from biomedclip.schema import Article, Drop, Figure, Pair, Split
+from data_builders.concepts import modality_of, tag_caption
 from data_builders.pmc.catalog import ArticleRecord, BadFile, Source, SourceFile
 from data_builders.pmc.jats import BadXml, parse_article
 from data_builders.pmc.licences import decide_licence
 from data_builders.pmc.media import resolve_graphic
+from data_builders.pmc.panel_pairs import PanelConfig, with_panels
+from data_builders.pmc.side_tables import hash_files
 
 MAX_MENTIONS = 5
 MAX_MENTION_CHARS = 1000
@@ -57,6 +61,13 @@ class PmcRules(Config):
     third_party: Literal["drop", "keep"] | None = None
     """Figures that speak of somebody else's rights; None drops them under every preset but `all`."""
     splits: SplitConfig = SplitConfig()
+    panels: PanelConfig = PanelConfig()
+    concepts: bool = False
+    """Whether captions are searched for concepts, and for the modality of their picture (`data_builders.concepts`)."""
+
+    def side_files(self) -> dict[str, str]:
+        """Key -> sha256 of each file beside the articles that the rules name; part of a build's identity."""
+        return hash_files({"panels.boxes": self.panels.boxes})
 
 
 class PmcConfig(PmcRules):
@@ -92,12 +103,12 @@ class _Refused(ValueError):
 def article_pairs(
     record: ArticleRecord, source: Source, config: PmcRules, *, preset: str
 ) -> Iterator[Article | Pair | Drop]:
-    """The article's facts, then one Pair or Drop a figure; one Drop alone where its XML cannot be read.
+    """The article's facts, then one Pair or Drop a figure and one Pair a panel; one Drop alone for unreadable XML.
 
     `preset` is one of `biomedclip.licences.PRESETS`. Reasons of a Drop, in the order in which they are asked:
     `retracted`; those of `licences.decide_licence`; `licence_not_allowed`; `third_party`; `translation`;
     `other_language`; `no_caption`; `no_graphic`; `missing_graphic`; those of `Source.read` and of
-    `biomedclip.images.check_image`.
+    `biomedclip.images.check_image`; `replaced_by_panels`.
     """
     try:
         parsed = parse_article(source.read(record.xml), article_id=record.article_id)
@@ -114,10 +125,13 @@ def article_pairs(
     )  # fmt: skip
     for figure in parsed.figures:
         try:
-            yield _pair(figure, context, refusal)
+            pair = _pair(figure, context, refusal)
         except _Refused as refused:
             yield Drop(source="pmc", item=figure.figure_id, reason=refused.reason, detail=refused.detail,
                        article_id=record.article_id)  # fmt: skip
+            continue
+        for item in with_panels(pair, _mentions(figure), config.panels):
+            yield _finish(item, config) if isinstance(item, Pair) else item
 
 
 def complete_article(article: Article, record: ArticleRecord, licence: str | None) -> Article:
@@ -180,6 +194,17 @@ def sample_key(record: ArticleRecord, figure: Figure, used: set[str]) -> str:
         attempt += 1
     used.add(key)
     return key
+
+
+def _finish(pair: Pair, config: PmcRules) -> Pair:
+    """The pair with no more mentions than a sidecar holds, and with what its caption says of its picture."""
+    mentions = pair.sidecar.get("mentions", ())
+    if len(mentions) > MAX_MENTIONS:
+        pair = replace(pair, sidecar={**pair.sidecar, "mentions": mentions[:MAX_MENTIONS]})
+    if not config.concepts:
+        return pair
+    concepts = tag_caption(pair.caption)
+    return replace(pair, concepts=concepts, modality=modality_of(concepts))
 
 
 def _pair(figure: Figure, context: _Context, refusal: str | None) -> Pair:
@@ -277,17 +302,21 @@ def _flags(figure: Figure, article: Article, image: CheckedImage) -> tuple[str, 
     return tuple(dict.fromkeys(flags))
 
 
-def _sidecar(figure: Figure, file: SourceFile) -> dict[str, Any]:
+def _mentions(figure: Figure) -> list[dict[str, Any]]:
     mentions = []
-    for mention in figure.mentions[:MAX_MENTIONS]:
+    for mention in figure.mentions:
         facts = {"text": mention.text[:MAX_MENTION_CHARS], "section": mention.section, "panels": list(mention.panels)}
         mentions.append({key: value for key, value in facts.items() if value})
+    return mentions
+
+
+def _sidecar(figure: Figure, file: SourceFile) -> dict[str, Any]:
     sidecar = {
         "label": figure.label,
         "file": file.name,
         "md5": file.md5,
         "panel_count": figure.panel_count if figure.panel_count > 1 else None,
         "figure_group": figure.group_id,
-        "mentions": mentions,
+        "mentions": _mentions(figure)[:MAX_MENTIONS],
     }
     return {key: value for key, value in sidecar.items() if value}

@@ -4,18 +4,16 @@ Where to stop cutting is the whole difficulty: a plot has as many gutters betwee
 between its panels. So the caption decides how many boxes there are (`panel_captions`), the letters printed in the
 picture say where they begin (`panel_labels`), and `panel_cuts` finds the best partition. `match_panels` names boxes
 only where counts agree, and a figure whose least certain box is below `MIN_CONFIDENCE` stays whole: a wrong pair costs
-more than a missing one. Boxes of a learned detector, read by `read_boxes`, can take the place of `split_image`.
+more than a missing one. Boxes of a learned detector (`panel_boxes`) can take the place of `split_image`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from PIL import Image
 from biomedclip.errors import DataError
 from biomedclip.images import BadImage, check_image
 from biomedclip.licences import licence_class
-from biomedclip.schema import KEY_PATTERN, Pair
+from biomedclip.schema import Pair
 from data_builders.pmc.panel_captions import compose_panel_caption, split_caption
 from data_builders.pmc.panel_cuts import Cutter, edge_masks, ink_mask, scale_label
 from data_builders.pmc.panel_labels import PanelLabel, find_labels
@@ -124,12 +122,13 @@ def match_panels(
 ) -> list[PanelBox]:
     """The boxes with their letters, in the order of `letters`; empty where it is not plain which is which.
 
-    Boxes that carry letters already (of a detector) keep them, and those the caption does not name are left out.
+    Boxes that carry letters already (of a detector) keep them, the surest of one letter; those the caption does not
+    name are left out.
     Otherwise counts must agree. A box that holds one printed letter gets it; the rest follow in reading order, by rows
     or by columns, whichever the printed letters confirm. A box gains confidence by its printed letter, and loses where
     other boxes have theirs and it has none.
     """
-    carried = {box.letter: box for box in boxes if box.letter is not None}
+    carried = {box.letter: box for box in sorted(boxes, key=lambda box: box.confidence) if box.letter is not None}
     if carried:
         return [carried[letter] for letter in letters if letter in carried]
     if len(boxes) != len(letters) or len(boxes) < 2:
@@ -256,52 +255,10 @@ def panel_key(key: str, letter: str) -> str:
 
 
 def _panel_sidecar(pair: Pair, box: PanelBox, letter: str) -> dict[str, Any]:
-    """The parent's sidecar with the link to it, and of its mentions those that speak of this panel or of none."""
+    """The parent's sidecar with the link to it, and of its mentions those that name this panel."""
     sidecar: dict[str, Any] = dict(pair.sidecar)
-    mentions = [mention for mention in sidecar.pop("mentions", ()) if letter in (mention.get("panels") or (letter,))]
+    mentions = [mention for mention in sidecar.pop("mentions", ()) if letter in mention.get("panels", ())]
     sidecar["parent"] = pair.key
     sidecar["panel_box"] = [box.left, box.top, box.right, box.bottom]
     sidecar["panel_confidence"] = box.confidence
     return {**sidecar, "mentions": mentions} if mentions else sidecar
-
-
-def read_boxes(path: str | Path) -> dict[str, list[PanelBox]]:
-    """Figure key -> boxes, from a file of a learned detector: one JSON object a line, as in
-
-        {"key": "pmc-123-v1-f1-p0", "boxes": [{"box": [0, 0, 400, 300], "letter": "A", "confidence": 0.93}]}
-
-    `box` is left, top, right, bottom in pixels of the figure's picture; `letter` may lack, and so may `confidence`,
-    which is then 1. Raises DataError, naming the line, for anything else and for a key that comes twice.
-    """
-    figures: dict[str, list[PanelBox]] = {}
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-                key, boxes = row["key"], [_parse_box(box) for box in row["boxes"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(where, "is not a line of panel boxes", found=f"{type(error).__name__}: {error}",
-                                todo='write {"key": …, "boxes": [{"box": [l, t, r, b]}]}') from None  # fmt: skip
-            if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key):
-                raise DataError(where, "is no sample key", found=repr(key)[:100])
-            if key in figures:
-                raise DataError(where, "is the second line of its figure", found=key)
-            figures[key] = boxes
-    return figures
-
-
-def _parse_box(value: Mapping[str, Any]) -> PanelBox:
-    left, top, right, bottom = (round(float(side)) for side in value["box"])
-    confidence, letter = float(value.get("confidence", 1.0)), value.get("letter")
-    if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError(f"box {value['box']} is empty or negative")
-    if not 0 <= confidence <= 1:
-        raise ValueError(f"confidence {confidence} is not between 0 and 1")
-    if letter is not None and not (isinstance(letter, str) and letter.isalpha()):
-        raise ValueError(f"letter {letter!r}")
-    if letter is not None:
-        letter = letter.upper() if len(letter) == 1 else letter.lower()
-    return PanelBox(left, top, right, bottom, confidence, letter)
