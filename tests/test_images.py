@@ -176,6 +176,33 @@ def test_each_reason_has_its_file() -> None:
     assert reason(jpeg, max_aspect=1.4) == "image_too_elongated"
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 95, "subsampling": 0}, {"optimize": True}])
+def test_a_jpeg_is_judged_as_a_decode_at_full_size_would(options: dict[str, Any]) -> None:
+    """The check scales while it decodes, which must still read every byte of the entropy-coded stream."""
+
+    def full_size(data: bytes) -> str:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+        except OSError:
+            return "broken"
+        return "ok"
+
+    def checked(data: bytes) -> str:
+        try:
+            check_image(data)
+        except BadImage:
+            return "broken"
+        return "ok"
+
+    whole = encode(smooth().resize((640, 480)), "JPEG", **options)
+    cuts = [*(len(whole) - cut for cut in (0, 1, 2, 3, 10, 50)), *(len(whole) * n // 20 for n in range(1, 20))]
+    verdicts = [(full_size(whole[:cut]), checked(whole[:cut])) for cut in cuts]
+    assert {full == quick for full, quick in verdicts} == {True}
+    assert verdicts[0] == ("ok", "ok")
+    assert ("broken", "broken") in verdicts
+
+
 def test_limits_admit_their_own_value() -> None:
     check_image(encode(smooth(), "JPEG"), min_side_px=64, max_aspect=1.5)
 
