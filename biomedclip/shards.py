@@ -122,11 +122,12 @@ class DatasetWriter:
         articles: Iterable[Article] = (),
         provenance: Mapping[str, Any],
         card: Callable[[dict[str, Any]], str],
+        reports: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Close the shards, write tables, card and checksums, then the manifest; returns the manifest.
 
         `card` turns the manifest into the text of README.md. `provenance` is stored as it is and must not depend on
-        time or machine, because the folder's bytes must not.
+        time or machine, because the folder's bytes must not. `reports` are further JSON files by name.
         """
         for split in list(self._open):
             self._done.append(self._open.pop(split).close())
@@ -135,9 +136,11 @@ class DatasetWriter:
         _write_articles(self.folder / "articles.parquet", articles)
         write_table(self.folder / "ledger.parquet", self._ledger, LEDGER_COLUMNS)
         write_json(self.folder / "sizes.json", {shard["name"]: shard["samples"] for shard in shards})
+        for name, report in (reports or {}).items():
+            write_json(self.folder / name, report)
         manifest = self._manifest(shards, dict(provenance))
         write_text(self.folder / "README.md", card(manifest))
-        manifest["files"] = self._write_sums(shards)
+        manifest["files"] = self._write_sums(shards, tuple(reports or ()))
         write_json(self.folder / MANIFEST, manifest)
         return manifest
 
@@ -167,10 +170,10 @@ class DatasetWriter:
             "provenance": provenance,
         }
 
-    def _write_sums(self, shards: list[dict[str, Any]]) -> dict[str, str]:
+    def _write_sums(self, shards: list[dict[str, Any]], reports: Sequence[str]) -> dict[str, str]:
         sums = {shard["name"]: shard["sha256"] for shard in shards}
         others = [shard["name"].replace(".tar", ".parquet") for shard in shards]
-        for name in (*others, "articles.parquet", "ledger.parquet", "sizes.json", "README.md"):
+        for name in (*others, *reports, "articles.parquet", "ledger.parquet", "sizes.json", "README.md"):
             sums[name] = sha256_file(self.folder / name)
         sums = dict(sorted(sums.items()))
         write_text(self.folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))

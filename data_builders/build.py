@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -80,6 +80,18 @@ class BuildConfig(Config):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Review:
+    """What a source says once all of its pairs have been seen."""
+
+    drops: Mapping[str, Drop] = field(default_factory=dict)
+    """Key -> why that pair must go all the same."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest's provenance."""
+    reports: Mapping[str, Any] = field(default_factory=dict)
+    """JSON files of the dataset folder, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildInput:
     """A source as `build` sees it, whatever its kind."""
 
@@ -89,6 +101,8 @@ class BuildInput:
     """Steps that `items` reports to its argument."""
     items: Callable[[Callable[[], None]], Iterator[Article | Pair | Drop]]
     """The stream; calls its argument after each article or row."""
+    review: Callable[[Sequence[Pair]], Review] | None = None
+    """What only the whole set shows, asked of the pairs that would be kept, without their images."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest says of the input beside the fingerprint: notices, attribution."""
 
@@ -115,6 +129,7 @@ def build(config: BuildConfig, out: str | Path, *, progress: Progress = silent) 
         tempfile.TemporaryFile(dir=out, prefix=TEMPORARY_PREFIX) as spool,
     ):
         collected = _collect(config, source, writer, spool, progress)
+        review = _review(source, collected, writer)
         _check_yield(config, collected)
         with progress("writing shards", len(collected.kept)) as advance:
             for pair in _shuffled(collected.kept, spool, config.shuffle_seed):
@@ -122,7 +137,8 @@ def build(config: BuildConfig, out: str | Path, *, progress: Progress = silent) 
                 advance()
         manifest = writer.finish(
             articles=collected.articles,
-            provenance=_provenance(config, identity, source, collected),
+            provenance=_provenance(config, identity, source, collected) | dict(review.facts),
+            reports=review.reports,
             card=lambda facts: dataset_card(facts, collected.articles, collected.kept_articles),
         )
     (out / UNFINISHED).unlink()
@@ -231,6 +247,18 @@ def _collect(
                 collected.kept.append((replace(verdict, image=b""), spool.tell(), len(verdict.image)))
                 spool.write(verdict.image)
     return collected
+
+
+def _review(source: BuildInput, collected: _Collected, writer: DatasetWriter) -> Review:
+    """The source's review, its drops taken out of what was collected."""
+    if source.review is None:
+        return Review()
+    review = source.review([pair for pair, _, _ in collected.kept])
+    for drop in review.drops.values():
+        writer.add(drop)
+        collected.dropped[drop.reason] += 1
+    collected.kept = [entry for entry in collected.kept if entry[0].key not in review.drops]
+    return review
 
 
 def _judge(item: Pair | Drop, preset: str, filters: tuple[Filter, ...]) -> Pair | Drop:
