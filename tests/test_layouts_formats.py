@@ -189,7 +189,8 @@ def test_hostile_members_are_counted_and_name_no_path(tmp_path):
     device = tarfile.TarInfo("dev.png")
     device.type = tarfile.CHRTYPE
     members = [link, device, *sample("../../up", 0, 1), *sample("/etc/abs", 0, 2), ("lonely.txt", b"x"),
-               ("nolabel.png", png(1)), ("._ghost.png", b"mac"), ("big.png", png()), ("big.cls", bytes(2 << 20))]  # fmt: skip
+               ("nolabel.png", png(1)), ("._ghost.png", b"mac"), ("big.png", png()),
+               ("big.cls", bytes(2 << 20))]  # fmt: skip
     write_tar(tmp_path / "t.tar", members)
     manifest = read_manifest("webdataset", tmp_path, label="cls", classes=["b", "a"])
     assert {(drop.item, drop.reason) for drop in manifest.drops} == {

@@ -22,6 +22,7 @@ from biomedclip import images
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.layouts.arrow import read_arrow_picture, read_hf_dataset
 from biomedclip.layouts.dataset import read_dataset, read_sample
+from biomedclip.layouts.dicoms import read_dicom_folder, read_dicom_picture
 from biomedclip.layouts.folders import read_filename_pattern, read_image_folder
 from biomedclip.layouts.hdf5 import read_hdf5, read_hdf5_picture
 from biomedclip.layouts.listings import read_coco, read_coop, read_crop
@@ -37,6 +38,7 @@ LAYOUTS: dict[str, Callable[..., Manifest]] = {
     "coop_json": read_coop,
     "csv": read_table,
     "dataset_folder": read_dataset,
+    "dicom_folder": read_dicom_folder,
     "filename_pattern": read_filename_pattern,
     "flair_csv": read_flair,
     "hdf5": read_hdf5,
@@ -126,6 +128,7 @@ def _read_shard_image(path: Path, key: str, where: str) -> bytes:
 READERS: dict[str, Callable[[Path, str, str], bytes | Image.Image]] = {
     "arrow": read_arrow_picture,
     "crop": read_crop,
+    "dicom": read_dicom_picture,
     "file": _read_file,
     "hdf5": read_hdf5_picture,
     "npz": read_npz_picture,

@@ -44,10 +44,12 @@ def make_manifest(
     rows, labels that are not among `classes`, and a set without a row.
     """
     ordered = tuple(sorted(rows, key=lambda row: row.sample_id))
+    drops = tuple(drops)
     if not ordered:
-        raise DataError(
-            root, "holds no labelled image in this layout", todo="check the folder and the layout's options"
-        )
+        reasons = Counter(drop.reason for drop in drops).most_common(3)
+        raise DataError(root, "holds no labelled image in this layout",
+                        found=", ".join(f"{count} {reason}" for reason, count in reasons) or None,
+                        todo="check the folder and the layout's options")  # fmt: skip
     times = Counter(row.sample_id for row in ordered)
     if repeated := [sample_id for sample_id, count in times.items() if count > 1]:
         raise DataError(root, f"{len(repeated)} samples are listed twice", found=", ".join(repeated[:3]),
@@ -61,7 +63,7 @@ def make_manifest(
         raise DataError(f"{root}: {sample}", "has a label that is not declared", found=repr(label), todo=hint)
     facts = [kind, list(known), [_facts(row) for row in ordered], list(content)]
     return Manifest(
-        name=name, root=str(root), kind=kind, classes=known, rows=ordered, drops=tuple(drops),
+        name=name, root=str(root), kind=kind, classes=known, rows=ordered, drops=drops,
         sha256=sha256_json(facts),
     )  # fmt: skip
 
