@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from biomedclip.errors import DataError, MissingExtra
@@ -72,7 +72,7 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         remove_leftovers(self.folder)
-        self._open: dict[str, _Shard] = {}
+        self._open: dict[str, ShardWriter] = {}
         self._done: list[dict[str, Any]] = []
         self._num_opened = 0
         self._ledger: list[dict[str, Any]] = []
@@ -104,7 +104,7 @@ class DatasetWriter:
         self._keys.add(item.key)
         shard = self._open.get(item.split)
         if shard is None:
-            shard = self._open[item.split] = _Shard(self.folder, self._num_opened, item.split)
+            shard = self._open[item.split] = ShardWriter(self.folder, self._num_opened, item.split)
             self._num_opened += 1
         shard.add(item)
         self._ledger.append(
@@ -131,53 +131,77 @@ class DatasetWriter:
         """
         for split in list(self._open):
             self._done.append(self._open.pop(split).close())
-        shards = sorted(self._done, key=lambda shard: shard["name"])
-        _remove_stale_shards(self.folder, {shard["name"] for shard in shards})
         _write_articles(self.folder / "articles.parquet", articles)
         write_table(self.folder / "ledger.parquet", self._ledger, LEDGER_COLUMNS)
-        write_json(self.folder / "sizes.json", {shard["name"]: shard["samples"] for shard in shards})
-        for name, report in (reports or {}).items():
-            write_json(self.folder / name, report)
-        manifest = self._manifest(shards, dict(provenance))
-        write_text(self.folder / "README.md", card(manifest))
-        manifest["files"] = self._write_sums(shards, tuple(reports or ()))
-        write_json(self.folder / MANIFEST, manifest)
-        return manifest
-
-    def _manifest(self, shards: list[dict[str, Any]], provenance: dict[str, Any]) -> dict[str, Any]:
         dropped = Counter(row["reason"] for row in self._ledger if row["status"] == "dropped")
-        kept = sum(shard["samples"] for shard in shards)
-        splits: Counter[str] = Counter()
-        licences: Counter[str] = Counter()
-        sources: Counter[str] = Counter()
-        for shard in shards:
-            splits[shard["split"]] += shard["samples"]
-            licences.update(shard.pop("licences"))
-            sources.update(shard.pop("sources"))
-        return {
-            "format": FORMAT_VERSION,
-            "name": self.name,
-            "samples": kept,
-            "splits": {split: splits[split] for split in SPLITS if splits[split]},
-            "ledger": {
-                "seen": len(self._ledger),
-                "kept": kept,
-                "dropped": dict(sorted(dropped.items())),
-            },
-            "licences": dict(sorted(licences.items())),
-            "sources": dict(sorted(sources.items())),
-            "shards": shards,
-            "provenance": provenance,
-        }
+        return finish_folder(
+            self.folder, self._done, name=self.name, dropped=dropped, provenance=provenance, card=card, reports=reports
+        )
 
-    def _write_sums(self, shards: list[dict[str, Any]], reports: Sequence[str]) -> dict[str, str]:
-        sums = {shard["name"]: shard["sha256"] for shard in shards}
-        others = [shard["name"].replace(".tar", ".parquet") for shard in shards]
-        for name in (*others, *reports, "articles.parquet", "ledger.parquet", "sizes.json", "README.md"):
-            sums[name] = sha256_file(self.folder / name)
-        sums = dict(sorted(sums.items()))
-        write_text(self.folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        return sums
+
+def finish_folder(
+    folder: Path,
+    shards: Iterable[Mapping[str, Any]],
+    *,
+    name: str,
+    dropped: Mapping[str, int],
+    provenance: Mapping[str, Any],
+    card: Callable[[dict[str, Any]], str],
+    reports: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a folder whose shards and tables are written, now complete: the last step of every writer.
+
+    `shards` are what `ShardWriter.close` returned; `dropped` counts the ledger's dropped rows by reason. Writes the
+    JSON files, the card, the checksums and, last, the manifest; shards of earlier runs are deleted.
+    """
+    shards = sorted((dict(shard) for shard in shards), key=lambda shard: str(shard["name"]))
+    _remove_stale_shards(folder, {shard["name"] for shard in shards})
+    write_json(folder / "sizes.json", {shard["name"]: shard["samples"] for shard in shards})
+    for file_name, report in (reports or {}).items():
+        write_json(folder / file_name, report)
+    manifest = _manifest(name, shards, dropped, dict(provenance))
+    write_text(folder / "README.md", card(manifest))
+    manifest["files"] = _write_sums(folder, shards, tuple(reports or ()))
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _manifest(
+    name: str, shards: list[dict[str, Any]], dropped: Mapping[str, int], provenance: dict[str, Any]
+) -> dict[str, Any]:
+    kept = sum(shard["samples"] for shard in shards)
+    splits: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    for shard in shards:
+        splits[shard["split"]] += shard["samples"]
+        licences.update(shard.pop("licences"))
+        sources.update(shard.pop("sources"))
+    return {
+        "format": FORMAT_VERSION,
+        "name": name,
+        "samples": kept,
+        "splits": {split: splits[split] for split in SPLITS if splits[split]},
+        "ledger": {
+            "seen": kept + sum(dropped.values()),
+            "kept": kept,
+            "dropped": dict(sorted(dropped.items())),
+        },
+        "licences": dict(sorted(licences.items())),
+        "sources": dict(sorted(sources.items())),
+        "shards": shards,
+        "provenance": provenance,
+    }
+
+
+def _write_sums(folder: Path, shards: Sequence[Mapping[str, Any]], reports: Sequence[str]) -> dict[str, str]:
+    sums = {shard["name"]: shard["sha256"] for shard in shards}
+    others = [shard["name"].replace(".tar", ".parquet") for shard in shards]
+    for name in (*others, *reports, "articles.parquet", "ledger.parquet", "sizes.json", "README.md"):
+        sums[name] = sha256_file(folder / name)
+    sums = dict(sorted(sums.items()))
+    write_text(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    return sums
 
 
 def check_pair(pair: Pair) -> None:
@@ -196,8 +220,8 @@ def check_pair(pair: Pair) -> None:
         raise DataError(pair.key, "has an unknown split", found=pair.split)
 
 
-class _Shard:
-    """One tar being written, and the rows of its index."""
+class ShardWriter:
+    """One tar being written, and the rows of its index. End it with `close`, or with `abandon`, which leaves nothing."""
 
     def __init__(self, folder: Path, number: int, split: str) -> None:
         self.folder, self.name, self.split = folder, f"{number:05d}.tar", split
@@ -209,10 +233,12 @@ class _Shard:
 
     @property
     def num_samples(self) -> int:
+        """Samples added so far."""
         return len(self.rows)
 
-    def add(self, pair: Pair) -> None:
-        row = index_row(pair)
+    def add(self, pair: Pair, **known: Any) -> None:
+        """Write a pair's members and its index row; `known` are columns that `index_row` need not work out."""
+        row = index_row(pair, known)
         members = (
             ("image", IMAGE_MEMBER, pair.image),
             ("text", "txt", pair.caption.encode()),
@@ -236,6 +262,7 @@ class _Shard:
         self.position += len(data)
 
     def close(self) -> dict[str, Any]:
+        """The shard's facts for `finish_folder`, after tar and index have taken their final names."""
         self._write(b"\0" * (2 * BLOCK))
         self._stack.close()
         write_table(self.folder / self.name.replace(".tar", ".parquet"), self.rows, INDEX_COLUMNS)
@@ -250,6 +277,7 @@ class _Shard:
         }
 
     def abandon(self) -> None:
+        """Delete what was written."""
         abandoned = RuntimeError("the dataset was not finished")
         self._stack.__exit__(RuntimeError, abandoned, None)
 
@@ -299,11 +327,12 @@ def sidecar(pair: Pair) -> dict[str, Any]:
     return {key: value for key, value in {**facts, **pair.sidecar}.items() if value not in (None, [])}
 
 
-def index_row(pair: Pair) -> dict[str, Any]:
-    """The pair's row of the index, without the shard name and offsets, which only the writer knows."""
-    from biomedclip.tokens import count_tokens
+def index_row(pair: Pair, known: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The pair's row of the index, without the shard name and offsets, which only the writer knows.
 
-    return {
+    `known` goes before what the pair says; its `caption_tokens` spares counting them.
+    """
+    row = {
         "key": pair.key,
         "image_format": pair.image_format,
         "image_crc32": zlib.crc32(pair.image),
@@ -313,7 +342,7 @@ def index_row(pair: Pair) -> dict[str, Any]:
         "height": pair.height,
         "caption_sha1": hashlib.sha1(pair.caption.encode(), usedforsecurity=False).hexdigest(),
         "caption_chars": len(pair.caption),
-        "caption_tokens": count_tokens(pair.caption),
+        "caption_tokens": None,
         "num_captions": len(pair.captions) or 1,
         "source": pair.source,
         "article_id": pair.article_id,
@@ -329,7 +358,12 @@ def index_row(pair: Pair) -> dict[str, Any]:
         "concepts": list(pair.concepts),
         "dup_cluster": None,
         "flags": list(pair.flags),
-    }
+    } | dict(known)
+    if row["caption_tokens"] is None:
+        from biomedclip.tokens import count_tokens
+
+        row["caption_tokens"] = count_tokens(pair.caption)
+    return row
 
 
 @dataclass(frozen=True, slots=True)
