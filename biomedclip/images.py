@@ -94,6 +94,27 @@ def check_image(data: bytes, *, min_side_px: int = 1, max_aspect: float | None =
     )  # fmt: skip
 
 
+def store_picture(picture: Image.Image) -> CheckedImage:
+    """A picture that has no encoding of its own (a row of an array) as PNG, with its facts.
+
+    `check_image` of those bytes says the same and takes longer. Raises BadImage as that does.
+    """
+    data = encode_png(picture)
+    if picture.mode not in ("L", "RGB"):
+        return check_image(data)
+    return CheckedImage(
+        data=data, format="png", width=picture.width, height=picture.height,
+        sha256=hashlib.sha256(data).hexdigest(), phash=perceptual_hash(picture),
+    )  # fmt: skip
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """The picture as PNG. Level 1 is a third of the time of the default for a tenth more bytes, on 28 pixels."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def read_rgb(data: bytes, where: str = "image") -> Image.Image:
     """The picture as 8-bit RGB: orientation applied, alpha laid on white, CMYK and palettes converted.
 

@@ -31,6 +31,7 @@ from biomedclip.schema import Article, Drop, Pair
 from biomedclip.shards import MANIFEST, DatasetFolder, DatasetWriter
 from data_builders.card import dataset_card
 from data_builders.filters import Filter, FilterConfig, apply_filters, make_filters
+from data_builders.labels.leakage import LeakageConfig
 from data_builders.pmc.pairs import PmcConfig
 
 UNFINISHED = ".building.json"
@@ -56,6 +57,9 @@ class LabelsConfig(Config):
     """Name of a recipe of the project, or path of a recipe file."""
     splits: tuple[str, ...] | None = ("train",)
     """Splits of the set that become pairs; the others are left for evaluation and not even counted. None takes all."""
+    leakage: LeakageConfig = LeakageConfig()
+    batch_size: int = Field(default=256, ge=2)
+    """The batch for which the card says how many captions and label sets are expected to collide."""
 
 
 class ShardConfig(Config):
@@ -107,7 +111,7 @@ class BuildInput:
     """What the manifest says of the input beside the fingerprint: notices, attribution."""
 
 
-def build(config: BuildConfig, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
+def build(config: BuildConfig, out: str | Path, *, workers: int = 1, progress: Progress = silent) -> dict[str, Any]:
     """The manifest of the dataset in `out`, built now unless it is there already.
 
     Raises ConfigError where `out` holds another dataset or other files, DataError where the source cannot be read,
@@ -115,7 +119,7 @@ def build(config: BuildConfig, out: str | Path, *, progress: Progress = silent) 
     same bytes.
     """
     out = Path(out)
-    source = open_input(config)
+    source = open_input(config, workers=workers)
     identity = {"config_sha256": config_sha256(config), "input_sha256": source.fingerprint}
     manifest = _finished(out, identity)
     if manifest is not None:
@@ -168,11 +172,14 @@ def resolve_root(root: str) -> Path:
     return path
 
 
-def open_input(config: BuildConfig) -> BuildInput:
-    """The source of a config, ready to be read. Raises DataError where it is missing or empty."""
+def open_input(config: BuildConfig, *, workers: int = 1) -> BuildInput:
+    """The source of a config, ready to be read. Raises DataError where it is missing or empty.
+
+    `workers` processes read a labelled set; PMC articles are read by this one.
+    """
     if isinstance(config.source, PmcConfig):
         return _open_pmc(config.source, config.licence)
-    return _open_labels(config.source)
+    return _open_labels(config.source, workers)
 
 
 def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
@@ -197,21 +204,37 @@ def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
     return BuildInput(fingerprint=digest, total=count, items=items, facts={"notices": [notice]})
 
 
-def _open_labels(config: LabelsConfig) -> BuildInput:
+def _open_labels(config: LabelsConfig, workers: int) -> BuildInput:
     from data_builders.labels import compile as labels
+    from data_builders.labels import leakage
+    from data_builders.labels.balance import balance_report
     from data_builders.labels.recipe import load_recipe
 
     recipe = load_recipe(config.recipe)
     manifest = labels.read_labelled_set(recipe, resolve_root(config.root))
+    leakage.refuse_crossing_groups(config.leakage, manifest)
+    pixels = leakage.needs_pixels(config.leakage, manifest)
 
     def items(advance: Callable[[], None]) -> Iterator[Article | Pair | Drop]:
-        for item in labels.compile_pairs(recipe, manifest, splits=config.splits):
+        for item in labels.compile_pairs(recipe, manifest, splits=config.splits, pixels=pixels, workers=workers):
             yield item
             advance()
 
+    def review(pairs: Sequence[Pair]) -> Review:
+        gate = leakage.check_leaks(recipe, manifest, pairs, config.leakage, workers=workers)
+        training = [pair for pair in pairs if pair.split == "train" and pair.key not in gate.drops]
+        balance = balance_report(training, recipe.balance, config.batch_size) if training else None
+        return Review(
+            drops=gate.drops,
+            facts={"balance": balance, "leakage": {key: gate.report[key] for key in gate.report if key != "matches"}},
+            reports={leakage.REPORT: gate.report},
+        )
+
     total = len(manifest.drops) + len(labels.chosen_rows(manifest, config.splits))
     digest = labels.fingerprint_set(recipe, manifest)
-    return BuildInput(fingerprint=digest, total=total, items=items, facts=labels.describe_set(recipe))
+    if config.leakage.against:
+        digest = sha256_json([digest, leakage.fingerprint_sets(config.leakage)])
+    return BuildInput(fingerprint=digest, total=total, items=items, review=review, facts=labels.describe_set(recipe))
 
 
 @dataclass(slots=True)

@@ -339,7 +339,7 @@ def test_no_image_is_kept_whose_licence_the_preset_does_not_admit_whatever_the_s
             )  # fmt: skip
 
     stub = BuildInput(fingerprint="0", total=3, items=items)
-    monkeypatch.setattr(build_module, "open_input", lambda config: stub)
+    monkeypatch.setattr(build_module, "open_input", lambda config, **_: stub)
     build(config(source), tmp_path / "out")
     dataset = DatasetFolder(tmp_path / "out")
     assert [(r["item"], r["reason"]) for r in dataset.ledger.to_pylist()] == [

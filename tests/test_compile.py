@@ -50,7 +50,7 @@ FINDINGS: dict[str, Any] = {
         "negative": ["Absent: {x}."], "uncertain": ["Possible: {x}."], "none": ["Chest X-ray, all clear."],
     },
     "uncertain": "hedge", "compose": {"negative_rate": 0.5, "parent_rate": 0.3}, "captions_per_image": 8,
-    "licence": {"code": "CC0", "evidence": "made up"}, "citation": "nobody",
+    "licence": {"code": "CC0", "evidence": "made up"}, "citation": "nobody", "public_ids": True,
 }  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def test_a_pair_carries_labels_ids_group_split_and_recipe(tmp_path: Path) -> Non
     [pair] = compile_pairs(recipe(), manifest(tmp_path, image))
     assert isinstance(pair, Pair)
     check_pair(pair)
-    assert pair.key == "findings-val-x-1"
+    assert pair.key == sample_key("findings", "val", "val/x 1.PNG")
     assert (pair.labels, pair.label_ids) == (("opacity", "fracture"), (0, 3))
     assert (pair.group_id, pair.split, pair.source, pair.licence) == ("patient 7", "val", "findings", "CC0")
     assert len(pair.captions) == 8
@@ -349,22 +349,15 @@ def test_a_group_in_two_splits_stays_in_the_held_out_one(tmp_path: Path) -> None
     assert {item.reason for item in items if isinstance(item, Drop)} == {"group_in_two_splits"}
 
 
-def test_keys_are_unique_and_fit_whatever_the_sample_ids() -> None:
-    ids = [
-        "train/A.png",
-        "train/a.png",
-        "train/a.jpg",
-        "é.png",
-        "ü.png",
-        "x" * 300 + "1.png",
-        "x" * 300 + "2.png",
-        "...",
-    ]
-    used: set[str] = set()
-    keys = [sample_key("cells", "train", sample_id, used) for sample_id in ids]
+def test_keys_are_unique_fit_and_say_nothing_whatever_the_sample_ids() -> None:
+    ids = ["train/A.png", "train/a.png", "train/a.jpg", "é.png", "ü.png", "x" * 300 + "1.png", "x" * 300 + "2.png",
+           "...", "patient-1234567/jane-doe.png"]  # fmt: skip
+    keys = [sample_key("x" * 32, "train", sample_id) for sample_id in ids]
     assert len(set(keys)) == len(ids)
     assert all(KEY_PATTERN.fullmatch(key) for key in keys)
-    assert keys[0] == "cells-train-a"
+    assert all(re.fullmatch("x{32}-train-[0-9a-f]{16}", key) for key in keys)
+    # The same file of another set has another key: the recipe's name is the salt.
+    assert sample_key("a", "train", "1.png")[-16:] != sample_key("b", "train", "1.png")[-16:]
 
 
 def test_only_the_chosen_splits_are_seen(tmp_path: Path) -> None:

@@ -3,42 +3,56 @@
 Reads rows in order of sample id, the pictures through `biomedclip.layouts` and `biomedclip.images`, the captions from
 `captions.py`; yields `Pair | Drop`, one for each row of the chosen splits and for each file the layout had to leave
 out. Labels, label ids, group, split and the recipe's hash travel with the pair, so that a data set can be audited,
-balanced and given soft targets after it was written. A group that lies in two splits would leak: the rows on the
-training side are dropped, not the held-out ones.
+balanced and given soft targets after it was written. File names and group ids do not travel unless the recipe says that
+they identify nobody: keys and groups are hashes. A row is a pure function of recipe, manifest and file, so any number
+of processes gives the same pairs in the same order.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.files import sha256_file, sha256_json
-from biomedclip.images import BadImage, check_image
-from biomedclip.layouts import read_bytes, read_manifest
-from biomedclip.schema import SPLITS, Drop, LabelledImage, Manifest, Pair, Split
+from biomedclip.images import BadImage, CheckedImage, check_image, store_picture
+from biomedclip.images import read_rgb as decode_rgb
+from biomedclip.layouts import read_manifest, read_picture
+from biomedclip.layouts.manifest import hash_id
+from biomedclip.schema import SPLITS, Drop, LabelledImage, Manifest, Pair
+from data_builders.contamination import hash_pixels
+from data_builders.engines import run_tasks
 from data_builders.labels.captions import Refused, Speech, caption_row, prepare_speech
 from data_builders.labels.fields import label_fields
 from data_builders.labels.recipe import Recipe, layout_options, recipe_sha256
+from data_builders.labels.splits import assign_splits, conflicting_groups, group_homes, split_of
 
-_MAX_KEY = 80
+_SAFE_DETAILS = ("missing_field", "unknown_label")
+"""Reasons of a layout whose details are words of a class column, which a typo is found by."""
+
+_CHUNK = 256
+"""Rows a worker is given at a time."""
 
 
 def read_labelled_set(recipe: Recipe, root: str | Path) -> Manifest:
-    """The manifest of a recipe's data in `root`, label ids in the recipe's order.
+    """The manifest of a recipe's data in `root`, label ids in the recipe's order, splits dealt where the recipe deals.
 
-    Raises DataError for data that is not what the recipe describes, ConfigError for a layout that is not.
+    Raises DataError for data that is not what the recipe describes or expects, ConfigError for a layout that is not.
     """
     manifest = read_manifest(recipe.layout["type"], root, name=recipe.name, **layout_options(recipe))
-    return label_fields(recipe, manifest) if recipe.kind == "multi_field" else manifest
+    if recipe.kind == "multi_field":
+        manifest = label_fields(recipe, manifest)
+    check_expected(recipe, manifest)
+    return assign_splits(recipe, manifest)
 
 
 def check_expected(recipe: Recipe, manifest: Manifest) -> None:
-    """Raise DataError where the counts of a split are not those of the recipe's `expect`, or more than those."""
+    """Raise DataError where the counts of a given split are not those of the recipe's `expect`, or more than those."""
     if (expect := recipe.expect) is None:
         return
     counts = Counter((row.split or "train", label) for row in manifest.rows for label in row.labels)
@@ -55,35 +69,39 @@ def check_expected(recipe: Recipe, manifest: Manifest) -> None:
 
 
 def compile_pairs(
-    recipe: Recipe, manifest: Manifest, *, splits: Collection[str] | None = None
+    recipe: Recipe,
+    manifest: Manifest,
+    *,
+    splits: Collection[str] | None = None,
+    pixels: bool = False,
+    workers: int = 1,
 ) -> Iterator[Pair | Drop]:
-    """One Pair or Drop for each row of `splits` (None: all), after the drops of the layout itself.
+    """One Pair or Drop for each row of `splits` (None: all), after the drops of the layout and of whole groups.
 
-    Rows without a split count as train. Raises ConfigError for a split the set does not have or a manifest of another
-    kind, DataError where the counts are not the expected ones; a row never raises.
+    Rows without a split count as train. `pixels` adds the sha256 of the decoded pixels to the sidecars. Raises
+    ConfigError for a split the set does not have or a manifest of another kind; a row never raises.
     """
     _check_kind(recipe, manifest)
     _check_splits(manifest, splits)
-    check_expected(recipe, manifest)
-    speech, digest, used = prepare_speech(recipe), recipe_sha256(recipe)[:16], set[str]()
-    homes = _group_homes(manifest)
-    yield from manifest.drops
-    for row in chosen_rows(manifest, splits):
-        split = _split(row)
-        try:
-            if row.group_id is not None and homes[row.group_id] != split:
-                raise Refused("group_in_two_splits", f"{row.group_id} is also in {homes[row.group_id]}")
-            yield _pair(speech, manifest, row, split, digest, used)
-        except (Refused, BadImage) as refusal:
-            yield Drop(source=recipe.name, item=row.sample_id, reason=refusal.reason, detail=refusal.detail)
-        except DataError as error:
-            # The row's own words may hold this machine's path, which the ledger must not depend on.
-            yield Drop(source=recipe.name, item=row.sample_id, reason="unreadable_image", detail=error.wrong)
+    for drop in manifest.drops:
+        yield _private(recipe, drop)
+    rows = []
+    for row, refusal in _judge_groups(recipe, manifest, chosen_rows(manifest, splits)):
+        if refusal is None:
+            rows.append(row)
+        else:
+            yield _drop(recipe, row, refusal.reason, refusal.detail)
+    tasks = [
+        _Task(recipe, replace(manifest, rows=tuple(rows[first : first + _CHUNK]), drops=()), pixels)
+        for first in range(0, len(rows), _CHUNK)
+    ]
+    for items in run_tasks(_compile_chunk, tasks, workers=workers, name=_name_task):
+        yield from items
 
 
 def chosen_rows(manifest: Manifest, splits: Collection[str] | None) -> list[LabelledImage]:
     """The rows of these splits, in the manifest's order."""
-    return [row for row in manifest.rows if splits is None or _split(row) in splits]
+    return [row for row in manifest.rows if splits is None or split_of(row) in splits]
 
 
 def fingerprint_set(recipe: Recipe, manifest: Manifest) -> str:
@@ -108,7 +126,7 @@ def describe_set(recipe: Recipe) -> dict[str, Any]:
         "recipe": {
             "name": recipe.name, "title": recipe.title, "sha256": recipe_sha256(recipe), "kind": recipe.kind,
             "classes": {entry.label: entry.name for entry in recipe.entries}, "banned": list(recipe.banned),
-            "licence_evidence": recipe.licence.evidence,
+            "licence_evidence": recipe.licence.evidence, "public_ids": recipe.public_ids,
         },
         "attribution": [{
             "name": recipe.title, "citation": recipe.citation, "licence": recipe.licence.code,
@@ -117,32 +135,70 @@ def describe_set(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sample_key(recipe: str, split: str, sample_id: str, used: set[str]) -> str:
-    """`<recipe>-<split>-<slug>`, made unique among `used`, to which it is added.
+def sample_key(recipe: str, split: str, sample_id: str) -> str:
+    """`<recipe>-<split>-<16 hex digits>`, the digits a hash of recipe name and sample id.
 
-    The slug is the sample id without its split and suffix; one that is too long, or that another sample id already
-    turned into, ends in a hash of the sample id.
+    A key says nothing of the file's name and stays the same when the set grows. 64 bits: ten million samples have two
+    equal keys with a chance of 3 in a million, and then the writer says so.
     """
-    prefix = f"{recipe}-{split}-"
-    stem = re.sub(r"\.[A-Za-z0-9]{1,5}$", "", sample_id)
-    stem = stem.removeprefix(f"{split}/")
-    slug = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-") or "image"
-    key, attempt = f"{prefix}{slug}", 0
-    while len(key) > _MAX_KEY or key in used:
-        digest = hashlib.sha256(f"{sample_id}\n{attempt}".encode()).hexdigest()[:10]
-        key = f"{prefix}{slug[: _MAX_KEY - len(prefix) - 11]}-{digest}"
-        attempt += 1
-    used.add(key)
-    return key
+    return f"{recipe}-{split}-{hash_id(recipe, sample_id)}"
 
 
-def _pair(speech: Speech, manifest: Manifest, row: LabelledImage, split: Split, digest: str, used: set[str]) -> Pair:
+def key_names(recipe: Recipe, manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """(key, sample id, group) of every row, for those who hold the data and have to find a file again."""
+    for row in manifest.rows:
+        yield sample_key(recipe.name, split_of(row), row.sample_id), row.sample_id, row.group_id or ""
+
+
+def group_name(recipe: Recipe, group_id: str | None) -> str | None:
+    """A group id as it leaves the compiler: hashed, unless the recipe's ids are public."""
+    return group_id if recipe.public_ids or group_id is None else hash_id(recipe.name, group_id)
+
+
+def read_checked(manifest: Manifest, row: LabelledImage, *, pixels: bool) -> tuple[CheckedImage, str | None]:
+    """The row's picture, ready to be stored, and the sha256 of its pixels where asked. Raises BadImage, DataError."""
+    picture = read_picture(manifest, row)
+    if not isinstance(picture, bytes):
+        return store_picture(picture), hash_pixels(np.asarray(picture.convert("RGB"))) if pixels else None
+    image = check_image(picture)
+    return image, hash_pixels(np.asarray(decode_rgb(image.data, row.sample_id))) if pixels else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Some rows of a manifest, as a worker process is handed them."""
+
+    recipe: Recipe
+    manifest: Manifest
+    pixels: bool
+
+
+def _name_task(task: _Task) -> str:
+    return f"{task.manifest.name}: {len(task.manifest.rows)} images"
+
+
+def _compile_chunk(task: _Task) -> list[Pair | Drop]:
+    speech, digest = prepare_speech(task.recipe), recipe_sha256(task.recipe)[:16]
+    return [_compile_row(speech, task, row, digest) for row in task.manifest.rows]
+
+
+def _compile_row(speech: Speech, task: _Task, row: LabelledImage, digest: str) -> Pair | Drop:
+    try:
+        return _pair(speech, task, row, digest)
+    except (Refused, BadImage) as refusal:
+        return _drop(task.recipe, row, refusal.reason, refusal.detail)
+    except DataError as error:
+        # The row's own words may hold this machine's path, which the ledger must not depend on.
+        return _drop(task.recipe, row, "unreadable_image", error.wrong)
+
+
+def _pair(speech: Speech, task: _Task, row: LabelledImage, digest: str) -> Pair:
     """The row's pair. Raises Refused, BadImage or DataError."""
-    recipe = speech.recipe
+    recipe, split = speech.recipe, split_of(row)
     facts, captions = caption_row(speech, row)
-    image = check_image(read_bytes(manifest, row))
+    image, pixels = read_checked(task.manifest, row, pixels=task.pixels)
     return Pair(
-        key=sample_key(recipe.name, split, row.sample_id, used),
+        key=sample_key(recipe.name, split, row.sample_id),
         image=image.data,
         image_format=image.format,
         width=image.width,
@@ -157,29 +213,44 @@ def _pair(speech: Speech, manifest: Manifest, row: LabelledImage, split: Split, 
         modality=recipe.modality,
         labels=facts.positive,
         label_ids=tuple(speech.label_ids[label] for label in facts.positive),
-        group_id=row.group_id,
+        group_id=group_name(recipe, row.group_id),
         flags=image.flags,
         sidecar={
-            "sample_id": row.sample_id, "label_kind": recipe.kind, "negatives": list(facts.negative),
-            "uncertain": list(row.uncertain), "recipe": recipe.name, "recipe_sha256": digest,
+            "sample_id": row.sample_id if recipe.public_ids else None, "label_kind": recipe.kind,
+            "negatives": list(facts.negative), "uncertain": list(row.uncertain), "recipe": recipe.name,
+            "recipe_sha256": digest, "pixels_sha256": pixels,
         },
     )  # fmt: skip
 
 
-def _split(row: LabelledImage) -> Split:
-    for split in SPLITS:
-        if row.split == split:
-            return split
-    return "train"
+def _judge_groups(
+    recipe: Recipe, manifest: Manifest, rows: Sequence[LabelledImage]
+) -> Iterator[tuple[LabelledImage, Refused | None]]:
+    """Each row, and why it goes because of the company it keeps."""
+    homes = group_homes(manifest)
+    conflicting = conflicting_groups(manifest.rows) if recipe.groups_are_duplicates else set[str]()
+    for row in rows:
+        shown = group_name(recipe, row.group_id)
+        if row.group_id in conflicting:
+            yield row, Refused("label_conflict", f"copies in {shown} carry other labels")
+        elif row.group_id is not None and homes[row.group_id] != split_of(row):
+            yield row, Refused("group_in_two_splits", f"{shown} is also in {homes[row.group_id]}")
+        else:
+            yield row, None
 
 
-def _group_homes(manifest: Manifest) -> Mapping[str, str]:
-    """Group -> the split its rows may stay in: the most held-out one it occurs in."""
-    homes: dict[str, str] = {}
-    for row in manifest.rows:
-        if row.group_id is not None:
-            homes[row.group_id] = max(_split(row), homes.get(row.group_id, "train"), key=SPLITS.index)  # type: ignore[arg-type]
-    return homes
+def _drop(recipe: Recipe, row: LabelledImage, reason: str, detail: str) -> Drop:
+    item = row.sample_id if recipe.public_ids else sample_key(recipe.name, split_of(row), row.sample_id)
+    return Drop(source=recipe.name, item=item, reason=reason, detail=detail)
+
+
+def _private(recipe: Recipe, drop: Drop) -> Drop:
+    """A layout's drop without the names in it, unless those are public."""
+    if recipe.public_ids:
+        return drop
+    item = f"{recipe.name}-{hash_id(recipe.name, drop.item)}"
+    detail = drop.detail if drop.reason in _SAFE_DETAILS else ""
+    return Drop(source=drop.source, item=item, reason=drop.reason, detail=detail)
 
 
 def _check_kind(recipe: Recipe, manifest: Manifest) -> None:
@@ -193,7 +264,7 @@ def _check_kind(recipe: Recipe, manifest: Manifest) -> None:
 
 
 def _check_splits(manifest: Manifest, splits: Collection[str] | None) -> None:
-    there: Sequence[str] = [split for split in SPLITS if any(_split(row) == split for row in manifest.rows)]
+    there: Sequence[str] = [split for split in SPLITS if any(split_of(row) == split for row in manifest.rows)]
     for split in splits or ():
         if split not in there:
             raise ConfigError("source.splits", f"'{split}' is no split of {manifest.name}", found=", ".join(there),

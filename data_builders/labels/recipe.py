@@ -119,6 +119,19 @@ class Balance(Config):
     """At most so many images of a class."""
 
 
+class SplitRule(Config):
+    """Which images are held out of a set that does not say so itself. A group falls on one side by a hash of its id, so
+    images that are added later move no other."""
+
+    val: float = Field(default=0.0, ge=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
+    seed: int = 0
+    of: Literal["unsplit", "train", "all"] = "unsplit"
+    """Which images are dealt anew: those without a split, those and the training ones, or all whatever was given."""
+    by: Literal["group", "image"] = "group"
+    """`image` where each image is of another patient or object; elsewhere it puts one patient on both sides."""
+
+
 class LicenceStatement(Config):
     """The licence of images and labels, and where that is stated."""
 
@@ -184,6 +197,13 @@ class Recipe(Config):
     banned: tuple[str, ...] = ()
     """Labels held out for zero-shot tests: no image of theirs is kept and no caption names them."""
     balance: Balance = Balance()
+    split: SplitRule | None = None
+    groups_are_duplicates: bool = False
+    """Whether the images of a group are copies of one picture (augmentations), not of one patient: where their labels
+    differ, none of them is kept."""
+    public_ids: bool = False
+    """Whether file names and group ids identify nobody, so that ledger, sidecar and index may hold them as they are;
+    otherwise all of these hold hashes."""
     licence: LicenceStatement
     access: Access | None = None
     citation: str = Field(min_length=1)

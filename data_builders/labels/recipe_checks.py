@@ -38,6 +38,7 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _shape_problems(recipe)
     yield from _label_problems(recipe)
     yield from _statement_problems(recipe)
+    yield from _split_problems(recipe)
     if recipe.kind == "caption":
         yield from _placeholder_problems(recipe, "single", {"text", "modality"}, {"text"})
         return
@@ -102,6 +103,15 @@ def _statement_problems(recipe: Recipe) -> Iterator[str]:
         yield "expect.verified needs expect.source: where the numbers were counted or read"
     if recipe.verified and not recipe.source:
         yield "verified needs source: where class names and layout were read"
+
+
+def _split_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.split is None:
+        return
+    if not 0 < recipe.split.val + recipe.split.test < 1:
+        yield "split holds out nothing or everything; val and test are shares that leave some for training"
+    if recipe.groups_are_duplicates and recipe.split.by == "image":
+        yield "split.by image would put copies of one picture on both sides; say by: group"
 
 
 def _named_labels(recipe: Recipe) -> Iterator[tuple[str, str]]:
