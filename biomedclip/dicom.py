@@ -89,7 +89,7 @@ def read_facts(path: Path, grey: Grey | None = None) -> DicomFacts:
 
     Raises BadImage with reason `not_dicom`, `broken_dicom` or `deflate_bomb`.
     """
-    dataset, pixel_bytes = _read_header(path)
+    dataset, pixel_bytes = read_header(path)
     with _parsing():
         refused = _refuse(dataset, pixel_bytes, grey or Grey())
         return DicomFacts(
@@ -111,7 +111,7 @@ def render_frame(path: Path, frame: int = 0, grey: Grey | None = None) -> Image.
     `unsupported_photometric`, `no_decoder`, `needs_window`, `bad_window`, `window_hu_needs_ct`, `no_such_frame`.
     """
     grey = grey or Grey()
-    dataset, pixel_bytes = _read_header(path)
+    dataset, pixel_bytes = read_header(path)
     with _parsing():
         if refused := _refuse(dataset, pixel_bytes, grey):
             raise BadImage(refused, path.name if refused == "no_pixels" else "")
@@ -192,8 +192,12 @@ def _parsing() -> Iterator[None]:
         raise BadImage("broken_dicom", f"{type(error).__name__} {error}".split("\n")[0][:120]) from None
 
 
-def _read_header(path: Path) -> tuple[Any, int | None]:
-    """Everything before the pixels, and how many bytes they have: None where there are none, -1 where unsaid."""
+def read_header(path: Path) -> tuple[Any, int | None]:
+    """Everything before the pixels, and how many bytes they have: None where there are none, -1 where unsaid.
+
+    The data set holds names and numbers of patients: take out what is needed and pass on nothing else. Raises BadImage
+    as `read_facts` does.
+    """
     stat = path.stat() if path.exists() else None
     if stat is None:
         raise BadImage("not_dicom", "there is no such file")

@@ -11,11 +11,12 @@ import numpy as np
 import pydicom
 import pydicom.data
 import pytest
+from layout_sets import write_dicom
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEGBaseline8Bit
 
 from biomedclip.dicom import WINDOWS, Grey, apply_window, parse_grey, read_facts, render_frame, stretch
 from biomedclip.errors import ConfigError, DataError
@@ -111,39 +112,6 @@ def test_enough_of_the_shipped_files_are_shown():
 
 
 # made-up files
-
-
-def write_dicom(path, pixels, *, syntax=ExplicitVRLittleEndian, encapsulated=None, **values):
-    """A file of stored values: (rows, columns), (rows, columns, 3) or (frames, rows, columns)."""
-    colour = pixels.ndim == 3 and pixels.shape[-1] == 3
-    ds = Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = syntax
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = values.pop("SOPClassUID", "1.2.840.10008.5.1.4.1.1.2")
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = values.pop("SOPInstanceUID", "1.2.3")
-    defaults = {
-        "Modality": "CT", "PatientName": "Doe^Jane", "PatientID": "4711", "StudyInstanceUID": "1.9",
-        "SeriesInstanceUID": "1.9.1", "PhotometricInterpretation": "RGB" if colour else "MONOCHROME2",
-        "SamplesPerPixel": 3 if colour else 1, "Rows": pixels.shape[0 if pixels.ndim == 2 or colour else 1],
-        "Columns": pixels.shape[1 if pixels.ndim == 2 or colour else 2], "BitsAllocated": 8 * pixels.dtype.itemsize,
-        "BitsStored": 8 * pixels.dtype.itemsize, "PixelRepresentation": int(pixels.dtype.kind == "i"),
-    }  # fmt: skip
-    if pixels.ndim == 3 and not colour:
-        defaults["NumberOfFrames"] = len(pixels)
-    if colour:
-        defaults["PlanarConfiguration"] = 0
-    for key, value in (defaults | values).items():
-        if value is not None:
-            setattr(ds, key, value)
-    ds.HighBit = ds.BitsStored - 1
-    data = (
-        encapsulated
-        or pixels.astype(pixels.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
-    )
-    ds.add_new(0x7FE00010, "OW" if ds.BitsAllocated > 8 and not encapsulated else "OB", data + bytes(len(data) % 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True)
-    return path
 
 
 def grey(path, frame=0, **options):

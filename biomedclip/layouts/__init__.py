@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,6 +29,7 @@ from biomedclip.layouts.medmnist import read_medmnist, read_npz_picture
 from biomedclip.layouts.published import read_chexpert, read_flair, read_medimeta
 from biomedclip.layouts.tables import read_table
 from biomedclip.layouts.tars import read_tar_member, read_webdataset
+from biomedclip.layouts.volumes import read_volume_picture, read_volumes
 from biomedclip.schema import LabelledImage, Manifest
 
 LAYOUTS: dict[str, Callable[..., Manifest]] = {
@@ -46,6 +46,7 @@ LAYOUTS: dict[str, Callable[..., Manifest]] = {
     "image_folder": read_image_folder,
     "medimeta": read_medimeta,
     "medmnist_npz": read_medmnist,
+    "volumes": read_volumes,
     "webdataset": read_webdataset,
 }
 
@@ -92,24 +93,23 @@ def read_bytes(manifest: Manifest, row: LabelledImage) -> bytes:
 
     Raises DataError, naming the sample, where it cannot be read.
     """
-    picture = _read_picture(manifest, row)
-    if isinstance(picture, bytes):
-        return picture
-    buffer = io.BytesIO()
-    # Level 1 is a third of the time of the default for a tenth more bytes, on pictures of 28 pixels.
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    picture = read_picture(manifest, row)
+    return picture if isinstance(picture, bytes) else images.encode_png(picture)
 
 
 def read_rgb(manifest: Manifest, row: LabelledImage) -> Image.Image:
     """The picture of a row as 8-bit RGB, exactly as stored. Raises DataError, naming the sample."""
-    picture = _read_picture(manifest, row)
+    picture = read_picture(manifest, row)
     if isinstance(picture, bytes):
         return images.read_rgb(picture, f"{manifest.root}: {row.sample_id}")
     return picture.convert("RGB")
 
 
-def _read_picture(manifest: Manifest, row: LabelledImage) -> bytes | Image.Image:
+def read_picture(manifest: Manifest, row: LabelledImage) -> bytes | Image.Image:
+    """The picture of a row as it is stored: encoded bytes, or a picture where it has no encoding of its own.
+
+    Raises DataError, naming the sample, where it cannot be read.
+    """
     scheme, _, rest = (row.image.part or "file:").partition(":")
     return READERS[scheme](Path(manifest.root) / row.image.path, rest, f"{manifest.root}: {row.sample_id}")
 
@@ -134,6 +134,7 @@ READERS: dict[str, Callable[[Path, str, str], bytes | Image.Image]] = {
     "npz": read_npz_picture,
     "shard": _read_shard_image,
     "tar": read_tar_member,
+    "volume": read_volume_picture,
 }
 """How each scheme of `ImageRef.part` is read: (file, what follows the scheme, where for messages) -> encoded bytes, or
 a picture that has no encoding of its own. Every reader opens its file in the process that reads."""

@@ -16,7 +16,7 @@ from biomedclip.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 
-_MASK_MARKS = ("_mask", "_masks", "-mask", "_seg", "_segmentation", "_gt", "_label", "_annotation")
+MASK_MARKS = ("_mask", "_masks", "-mask", "_seg", "_segmentation", "_gt", "_label", "_annotation")
 
 
 class Found(NamedTuple):
@@ -72,7 +72,7 @@ def check_masks(root: Path, paths: Sequence[str]) -> None:
     """
     stems = {os.path.splitext(path)[0] for path in paths}
     for path in paths:
-        for mark in _MASK_MARKS:
+        for mark in MASK_MARKS:
             stem, found, _ = os.path.splitext(path)[0].rpartition(mark)
             if found and stem in stems:
                 raise DataError(f"{root}: {path}", "seems to be a mask of the picture beside it",
