@@ -276,6 +276,28 @@ def test_a_datasets_folder_is_read_from_its_arrow_files(saved):
     assert (many.kind, many.classes, many.rows[1].labels) == ("multi", ("alpha", "b"), ("alpha", "b"))
 
 
+def test_parquet_files_of_the_hub_are_read_row_group_by_row_group(saved):
+    datasets = pytest.importorskip("datasets")
+    train = datasets.load_from_disk(str(saved / "set"))["validation"]
+    (saved / "pq" / "data").mkdir(parents=True)
+    for shard in range(2):
+        rows = train.select(range(2 * shard, 2 * shard + 2))
+        rows.to_parquet(saved / "pq" / "data" / f"train-{shard:05d}-of-00002.parquet", batch_size=1)
+    options = {"parquet": {"train": "data/train-*.parquet"}, "label": "label", "name": "pq"}
+    manifest = read_manifest("hf_dataset", saved / "pq", **options)
+    assert [row.labels[0] for row in manifest.rows] == ["no", "yes", "yes", "no"]
+    assert manifest.rows[3].image.path == "data/train-00001-of-00002.parquet"
+    for number, row in enumerate(manifest.rows):
+        assert np.array_equal(pixels(manifest, row), np.asarray(picture(number)))
+    moved = (saved / "pq").rename(saved / "pq2")
+    assert read_manifest("hf_dataset", moved, **options).sha256 == manifest.sha256
+    with pytest.raises(DataError, match="holds no file of split 'test'"):
+        read_manifest("hf_dataset", moved, parquet={"test": "data/test-*"})
+    (moved / "data" / "train-00000-of-00002.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(DataError, match="cannot be read as Arrow or parquet"):
+        read_manifest("hf_dataset", moved, **options)
+
+
 def test_a_picture_that_is_a_path_of_somebodys_disk_is_not_read(saved):
     manifest = read_manifest("hf_dataset", saved / "linked", label="label")
     assert [(drop.item, drop.reason) for drop in manifest.drops] == [

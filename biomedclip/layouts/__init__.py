@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from biomedclip import images
 from biomedclip.errors import ConfigError, DataError
-from biomedclip.layouts.arrow import read_arrow_picture, read_hf_dataset
+from biomedclip.layouts.arrow import read_arrow_picture, read_hf_dataset, read_parquet_picture
 from biomedclip.layouts.dataset import read_dataset, read_sample
 from biomedclip.layouts.dicoms import read_dicom_folder, read_dicom_picture
 from biomedclip.layouts.folders import read_filename_pattern, read_image_folder
@@ -132,6 +132,7 @@ READERS: dict[str, Callable[[Path, str, str], bytes | Image.Image]] = {
     "file": _read_file,
     "hdf5": read_hdf5_picture,
     "npz": read_npz_picture,
+    "parquet": read_parquet_picture,
     "shard": _read_shard_image,
     "tar": read_tar_member,
     "volume": read_volume_picture,
