@@ -221,7 +221,7 @@ def check_pair(pair: Pair) -> None:
 
 
 class ShardWriter:
-    """One tar being written, and the rows of its index. End it with `close`, or with `abandon`, which leaves nothing."""
+    """One tar being written, and the rows of its index; ends with `close`, or with `abandon`, which leaves nothing."""
 
     def __init__(self, folder: Path, number: int, split: str) -> None:
         self.folder, self.name, self.split = folder, f"{number:05d}.tar", split

@@ -54,11 +54,8 @@ def near_captions(captions: Sequence[str], min_jaccard: float) -> Iterator[tuple
     for band in range(_BANDS):
         order = np.argsort(bands[:, band], kind="stable")
         ordered = bands[order, band]
-        edges = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(ordered) else order
-        stops = [*edges[1:].tolist(), len(order)]
-        for start, stop in zip(edges.tolist(), stops, strict=True):
-            if stop - start < 2:
-                continue
+        edges = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1], append=~ordered[-1:]))
+        for start, stop in pairwise(edges.tolist()):
             for pair in _pairs(np.sort(order[start:stop]).tolist()):
                 if pair not in seen:
                     seen.add(pair)

@@ -2,14 +2,16 @@
 
 `write_hashes` turns an evaluation set into a small table that holds no picture and can be given away: for each sample
 the sha256 of its bytes, the sha256 of its pixels (which survives a change of container) and its perceptual hash (which
-survives scaling and JPEG). `contamination` looks every row of an index up in any number of such files. Matches are
-flagged and not dropped here, because a near match of line art can be a false one: dropping is the caller's decision.
+survives scaling and JPEG). `contamination` looks every row of an index up in any number of such files. Near matches
+have the same shape, as in `dedup`, except beside a square picture of an evaluation set: sets are often squeezed into
+squares. Dropping is the caller's decision, because a near match of line art can be a false one.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,19 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from biomedclip.errors import DataError
-from biomedclip.files import write_atomic
+from biomedclip.files import write_text
 from biomedclip.images import BadImage, check_image, read_rgb
 from biomedclip.layouts import read_bytes
 from biomedclip.schema import Manifest
-from biomedclip.shards import DatasetFolder
+from biomedclip.shards import DatasetFolder, arrow_schema, write_table
 from data_builders.dedup import _arrow
-from data_builders.hamming import near_matches
+from data_builders.hamming import DEFAULT_DISTANCE, near_matches
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-HASH_COLUMNS = ("set", "sample", "sha256", "pixels_sha256", "phash")
-"""Columns of a hash file; `set` and at least one of the last three are needed."""
+HASH_COLUMNS: dict[str, str] = {
+    "set": "string", "sample": "string", "sha256": "string", "pixels_sha256": "string", "phash": "uint64",
+    "width": "int32", "height": "int32",
+}  # fmt: skip
+"""Columns of a hash file and their types; `set` and one of the three hashes are needed."""
 
 
 def write_hashes(source: Manifest | str | Path, path: str | Path, *, name: str | None = None) -> int:
@@ -40,22 +45,15 @@ def write_hashes(source: Manifest | str | Path, path: str | Path, *, name: str |
     Raises DataError for a sample that cannot be decoded.
     """
     rows = list(_manifest_rows(source, name) if isinstance(source, Manifest) else _folder_rows(source, name))
-    pa, pq = _arrow()
-    with write_atomic(path) as file:
-        if Path(path).suffix == ".csv":
-            text = ",".join(HASH_COLUMNS) + "\n"
-            lines = (",".join(_quote(str(row[column])) for column in HASH_COLUMNS) + "\n" for row in rows)
-            file.write((text + "".join(lines)).encode())
-        else:
-            types = [pa.uint64() if column == "phash" else pa.string() for column in HASH_COLUMNS]
-            pq.write_table(
-                pa.Table.from_pylist(rows, schema=pa.schema(list(zip(HASH_COLUMNS, types, strict=True)))), file
-            )
+    if Path(path).suffix != ".csv":
+        write_table(Path(path), rows, HASH_COLUMNS)
+        return len(rows)
+    text = io.StringIO()
+    table = csv.DictWriter(text, HASH_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
     return len(rows)
-
-
-def _quote(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"' if any(c in value for c in ',"\r\n') else value
 
 
 def _manifest_rows(manifest: Manifest, name: str | None) -> Iterator[dict[str, Any]]:
@@ -71,12 +69,13 @@ def _folder_rows(path: str | Path, name: str | None) -> Iterator[dict[str, Any]]
 
 def _hash_row(name: str, sample: str, data: bytes) -> dict[str, Any]:
     try:
-        phash = check_image(data).phash
+        image = check_image(data)
     except BadImage as error:
         raise DataError(f"{name}: {sample}", "is not a picture", found=str(error)) from None
     return {
         "set": name, "sample": sample, "sha256": hashlib.sha256(data).hexdigest(),
-        "pixels_sha256": hash_pixels(np.asarray(read_rgb(data, sample))), "phash": phash,
+        "pixels_sha256": hash_pixels(np.asarray(read_rgb(data, sample))), "phash": image.phash,
+        "width": image.width, "height": image.height,
     }  # fmt: skip
 
 
@@ -111,32 +110,36 @@ def read_hashes(path: str | Path) -> pa.Table:
 
 
 def _column(table: pa.Table, name: str, path: Path) -> Any:
+    """A column as its type of HASH_COLUMNS: numbers may be text (0x1f is one), and hex digits upper case."""
     pa, _ = _arrow()
-    kind = pa.uint64() if name == "phash" else pa.string()
+    kind = arrow_schema({name: HASH_COLUMNS[name]}).field(name).type
     if name not in table.column_names:
         return pa.nulls(table.num_rows, kind)
-    column = table[name]
-    if pa.types.is_string(column.type):
-        values = [value.strip() or None if value else None for value in column.to_pylist()]
-        if name == "phash":
-            try:
-                values = [None if value is None else int(value, 0) for value in values]
-            except ValueError as error:
-                raise DataError(path, "has a phash that is no number", found=str(error)) from None
-        elif name != "set" and name != "sample":
-            values = [None if value is None else value.lower() for value in values]
-        try:
-            return pa.array(values, type=kind)
-        except (OverflowError, pa.ArrowInvalid) as error:
-            raise DataError(path, f"has a {name} out of range", found=str(error)[:100]) from None
-    return column.cast(kind)
+    values = table[name].to_pylist() if pa.types.is_string(table[name].type) else None
+    try:
+        if values is None:
+            return table[name].cast(kind)
+        present = [value.strip() or None if value else None for value in values]
+        if pa.types.is_integer(kind):
+            return pa.array([None if value is None else int(value, 0) for value in present], type=kind)
+        lower = name not in ("set", "sample")
+        return pa.array([value.lower() if value and lower else value for value in present], type=kind)
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise DataError(path, f"has a {name} that is none", found=str(error)[:100]) from None
 
 
-def contamination(index: pa.Table, hash_files: Sequence[str | Path], *, max_distance: int = 3) -> pa.Table:
+def contamination(
+    index: pa.Table,
+    hash_files: Sequence[str | Path],
+    *,
+    max_distance: int = DEFAULT_DISTANCE,
+    max_aspect_change: float = 0.05,
+) -> pa.Table:
     """The rows of an index that match a sample of an evaluation set: `row`, `key`, `sets`, `samples`, `reasons`.
 
     `row` is the position in the index; the last three are lists of equal length. A reason is `sha256`, `pixels` (only
-    where the index has a column `pixels_sha256`) or `phash` (within `max_distance` bits, 0 to 7); the strictest one is
+    where the index has a column `pixels_sha256`) or `phash` (within `max_distance` bits, 0 to 7, and of the same width
+    over height but for `max_aspect_change` where both are known and the sample is not square); the strictest one is
     given for each sample. Raises DataError for a file that is no hash file.
     """
     pa, _ = _arrow()
@@ -144,7 +147,7 @@ def contamination(index: pa.Table, hash_files: Sequence[str | Path], *, max_dist
     for path in hash_files:
         table = read_hashes(path)
         sets, samples = table["set"].to_pylist(), [sample or "" for sample in table["sample"].to_pylist()]
-        for reason, rows, hits in _matches(index, table, max_distance):
+        for reason, rows, hits in _matches(index, table, max_distance, max_aspect_change):
             for row, hit in zip(rows.tolist(), hits.tolist(), strict=True):
                 found[row].setdefault((sets[hit], samples[hit]), reason)
     rows_found = sorted(found)
@@ -161,7 +164,9 @@ def contamination(index: pa.Table, hash_files: Sequence[str | Path], *, max_dist
     )
 
 
-def _matches(index: pa.Table, table: pa.Table, max_distance: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _matches(
+    index: pa.Table, table: pa.Table, max_distance: int, max_aspect_change: float
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Positions in the index and in the hash file that agree, strictest rule first."""
     for reason, column in (("sha256", "sha256"), ("pixels", "pixels_sha256")):
         if column in index.column_names:
@@ -171,8 +176,21 @@ def _matches(index: pa.Table, table: pa.Table, max_distance: int) -> Iterator[tu
         left = np.flatnonzero(ours.is_valid().to_numpy())
         right = np.flatnonzero(theirs.is_valid().to_numpy())
         hashes = [side.drop_null().to_numpy().astype(np.uint64) for side in (ours, theirs)]
+        shapes = _shapes(index), _shapes(table)
+        step = np.log1p(max_aspect_change) + 1e-9
         for i, j in near_matches(hashes[0], hashes[1], max_distance):
-            yield "phash", left[i], right[j]
+            rows, hits = left[i], right[j]
+            # A square (0), and a shape that is not known (NaN), agree with all.
+            apart = (np.abs(shapes[0][rows] - shapes[1][hits]) > step) & (shapes[1][hits] != 0)
+            yield "phash", rows[~apart], hits[~apart]
+
+
+def _shapes(table: pa.Table) -> np.ndarray:
+    """The logarithm of width over height, NaN where one is not known."""
+    if not {"width", "height"} <= set(table.column_names):
+        return np.full(table.num_rows, np.nan)
+    sides = [np.asarray(table[name].to_numpy(), dtype=np.float64) for name in ("width", "height")]
+    return np.log(np.maximum(sides[0], 1)) - np.log(np.maximum(sides[1], 1))
 
 
 def _equal_rows(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

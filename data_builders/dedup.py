@@ -20,7 +20,7 @@ from biomedclip.config import Config
 from biomedclip.errors import DataError, MissingExtra
 from data_builders.caption_hash import hash_captions, near_captions
 from data_builders.components import label_components
-from data_builders.hamming import MAX_DISTANCE, near_pairs
+from data_builders.hamming import DEFAULT_DISTANCE, MAX_DISTANCE, near_pairs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +38,8 @@ class DedupConfig(Config):
     """Which rows count as duplicates of each other."""
 
     images: Literal["exact", "near"] | None = "near"
-    max_distance: int = Field(default=3, ge=0, le=MAX_DISTANCE)
-    """Bits in which perceptual hashes may differ; above 3 the search takes about 15 times as long."""
+    max_distance: int = Field(default=DEFAULT_DISTANCE, ge=0, le=MAX_DISTANCE)
+    """Bits in which perceptual hashes may differ; an even number, as nearly all hashes have 32 bits set."""
     max_aspect_change: float = Field(default=0.05, ge=0)
     """Near duplicates have equal width over height but for this share; strips and squares of white hash alike."""
     captions: Literal["exact", "near"] | None = None
@@ -155,25 +155,34 @@ def _near_image_pairs(rows: pa.Table, config: DedupConfig) -> Iterator[tuple[np.
     # Sorted by shape within a hash, neighbours that agree are enough to join all that do.
     near = (np.diff(hashes[order]) == 0) & (np.diff(shapes[order]) <= step)
     yield order[:-1][near], order[1:][near]
-    heads = order[np.append(True, ~((np.diff(hashes[order]) == 0) & (np.diff(shapes[order]) == 0)))]
-    unique, inverse = np.unique(hashes[heads], return_inverse=True)
-    starts = np.searchsorted(inverse, np.arange(len(unique) + 1))
+    same = (np.diff(hashes[order]) == 0) & (np.diff(shapes[order]) == 0)
+    heads = order[np.append(True, ~same)]
+    unique, numbers = np.unique(hashes[heads], return_inverse=True)
+    starts = np.searchsorted(numbers, np.arange(len(unique) + 1))
     for left, right in near_pairs(unique, config.max_distance):
-        yield _agreeing_shapes(left, right, heads, starts, shapes, step)
+        for first, second in _nearest_shapes(left, right, numbers, starts, shapes[heads]):
+            near = np.abs(shapes[heads[first]] - shapes[heads[second]]) <= step
+            yield heads[first[near]], heads[second[near]]
 
 
-def _agreeing_shapes(
-    left: np.ndarray, right: np.ndarray, heads: np.ndarray, starts: np.ndarray, shapes: np.ndarray, step: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """All rows of one hash beside all of another, as far as their shapes agree."""
-    sizes = starts[left + 1] - starts[left], starts[right + 1] - starts[right]
-    counts = sizes[0] * sizes[1]
-    offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    wide = np.repeat(sizes[1], counts)
-    first = heads[np.repeat(starts[left], counts) + offset // wide]
-    second = heads[np.repeat(starts[right], counts) + offset % wide]
-    agree = np.abs(shapes[first] - shapes[second]) <= step
-    return first[agree], second[agree]
+def _nearest_shapes(
+    left: np.ndarray, right: np.ndarray, numbers: np.ndarray, starts: np.ndarray, shapes: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each head of one hash beside that of the other hash whose shape is nearest from below, and from above.
+
+    Those two are enough: between them and the farthest that still agrees, rows of the other hash are joined among
+    themselves. Comparing all with all would be the product of both, and a blank page comes in every shape.
+    """
+    _, ranks = np.unique(shapes, return_inverse=True)
+    span = np.int64(ranks.max() + 1 if len(ranks) else 1)
+    places = numbers * span + ranks  # sorted, as the heads are by hash and then by shape
+    counts = starts[left + 1] - starts[left]
+    first = np.repeat(starts[left] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    other = np.repeat(right, counts)
+    above = np.searchsorted(places, other * span + ranks[first])
+    for second in (above - 1, above):
+        inside = (second >= starts[other]) & (second < starts[other + 1])
+        yield first[inside], second[inside]
 
 
 def _near_caption_pairs(
