@@ -136,10 +136,12 @@ def perceptual_hash(image: Image.Image) -> int:
     Bit i is set where coefficient i (row-major, the mean term left out of the median) exceeds the median: the pHash
     of Zauner (2010).
     """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32)
+    flat_grey = image if image.mode == "L" else image.convert("L")
+    grey = np.asarray(flat_grey.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32)
     low = _DCT @ grey @ _DCT.T
     flat = low.ravel()
-    bits = flat > np.median(flat[1:])
+    # Of 63 numbers the median is the 32nd; partition finds it in a tenth of the time of numpy.median.
+    bits = flat > np.partition(flat[1:], 31)[31]
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

@@ -179,7 +179,7 @@ def open_input(config: BuildConfig, *, workers: int = 1) -> BuildInput:
     """
     if isinstance(config.source, PmcConfig):
         return _open_pmc(config.source, config.licence)
-    return _open_labels(config.source, workers)
+    return _open_labels(config.source, workers, config.filters.drop_duplicates)
 
 
 def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
@@ -204,7 +204,7 @@ def _open_pmc(config: PmcConfig, preset: str) -> BuildInput:
     return BuildInput(fingerprint=digest, total=count, items=items, facts={"notices": [notice]})
 
 
-def _open_labels(config: LabelsConfig, workers: int) -> BuildInput:
+def _open_labels(config: LabelsConfig, workers: int, drop_duplicates: bool) -> BuildInput:
     from data_builders.labels import compile as labels
     from data_builders.labels import leakage
     from data_builders.labels.balance import balance_report
@@ -221,7 +221,9 @@ def _open_labels(config: LabelsConfig, workers: int) -> BuildInput:
             advance()
 
     def review(pairs: Sequence[Pair]) -> Review:
-        gate = leakage.check_leaks(recipe, manifest, pairs, config.leakage, workers=workers)
+        gate = leakage.check_leaks(
+            recipe, manifest, pairs, config.leakage, drop_duplicates=drop_duplicates, workers=workers
+        )
         training = [pair for pair in pairs if pair.split == "train" and pair.key not in gate.drops]
         balance = balance_report(training, recipe.balance, config.batch_size) if training else None
         return Review(
@@ -256,7 +258,9 @@ def _collect(
     config: BuildConfig, source: BuildInput, writer: DatasetWriter, spool: BinaryIO, progress: Progress
 ) -> _Collected:
     """Read the source once: drops go to the writer's ledger, images to the spool, the rest to memory."""
-    collected, filters = _Collected(), make_filters(config.filters)
+    # A source that reviews its pairs drops duplicates there: dropped one by one, they would hide what they contradict.
+    rules = config.filters if source.review is None else config.filters.model_copy(update={"drop_duplicates": False})
+    collected, filters = _Collected(), make_filters(rules)
     with progress("reading articles" if config.source.kind == "pmc" else "reading images", source.total) as advance:
         for item in source.items(lambda: advance(1, f"{len(collected.kept)} kept")):
             if isinstance(item, Article):

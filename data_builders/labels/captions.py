@@ -76,6 +76,13 @@ class Dice:
     def __init__(self, *words: object) -> None:
         self._state = hashlib.sha256("\n".join(map(str, words)).encode()).digest()
         self._value, self._room = int.from_bytes(self._state, "big"), 1 << 192
+        self._orders: dict[tuple[int, int, int], tuple[list[int], Dice]] = {}
+
+    def again(self) -> Dice:
+        """Dice that will fall as these would from here; what either throws later changes nothing for the other."""
+        copy = object.__new__(Dice)
+        copy._state, copy._value, copy._room, copy._orders = self._state, self._value, self._room, self._orders
+        return copy
 
     def below(self, bound: int) -> int:
         """An integer in 0 .. bound - 1."""
@@ -92,8 +99,15 @@ class Dice:
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """All items in another order."""
-        rest = list(items)
-        return [rest.pop(self.below(len(rest))) for _ in range(len(rest))]
+        key = (self._value, self._room, len(items))
+        if key not in self._orders:
+            # The captions of an image all ask for its order of the templates: worked out once, it is a look-up.
+            rest = list(range(len(items)))
+            order = [rest.pop(self.below(len(rest))) for _ in range(len(rest))]
+            self._orders[key] = order, self.again()
+        order, after = self._orders[key]
+        self._state, self._value, self._room = after._state, after._value, after._room
+        return [items[place] for place in order]
 
 
 def prepare_speech(recipe: Recipe) -> Speech:
@@ -172,8 +186,10 @@ def compose_captions(
     """The K captions of an image. Raises Refused `no_template` where the recipe has no words for what is known, and
     `banned_class` where an attribute names a banned class."""
     known = {column: " ".join((attributes or {}).get(column, "").split()) for column in speech.recipe.attributes}
+    own = Dice(speech.recipe.name, speech.recipe.seed, sample_id)
     captions = tuple(
-        compose_caption(speech, sample_id, k, facts, known) for k in range(speech.recipe.captions_per_image)
+        compose_caption(speech, sample_id, k, facts, known, own.again())
+        for k in range(speech.recipe.captions_per_image)
     )
     if speech.banned_words is not None:
         for caption in captions:
@@ -182,10 +198,12 @@ def compose_captions(
     return captions
 
 
-def compose_caption(speech: Speech, sample_id: str, k: int, facts: Facts, attributes: Mapping[str, str]) -> str:
-    """Caption `k` of an image."""
+def compose_caption(
+    speech: Speech, sample_id: str, k: int, facts: Facts, attributes: Mapping[str, str], own: Dice
+) -> str:
+    """Caption `k` of an image; `own` are the image's dice, the same for each of its captions."""
     recipe = speech.recipe
-    own, dice = Dice(recipe.name, recipe.seed, sample_id), Dice(recipe.name, recipe.seed, sample_id, k)
+    dice = Dice(recipe.name, recipe.seed, sample_id, k)
     sentences = []
     if facts.positive:
         sentences.append(_positive(speech, facts.positive, attributes, k, own, dice))

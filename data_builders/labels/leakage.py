@@ -112,14 +112,24 @@ def refuse_crossing_groups(config: LeakageConfig, manifest: Manifest) -> None:
 
 
 def check_leaks(
-    recipe: Recipe, manifest: Manifest, pairs: Sequence[Pair], config: LeakageConfig, *, workers: int = 1
+    recipe: Recipe,
+    manifest: Manifest,
+    pairs: Sequence[Pair],
+    config: LeakageConfig,
+    *,
+    drop_duplicates: bool = True,
+    workers: int = 1,
 ) -> Gate:
     """The verdict on the pairs of a set.
 
-    Raises DataError in mode `fail` where anything leaks, and for an evaluation set that cannot be read.
+    `drop_duplicates` keeps one of the pictures that a split has several times, in any mode: asked before leaks and
+    conflicts were known, it would hide both. Raises DataError in mode `fail` where anything leaks, and for an
+    evaluation set that cannot be read.
     """
+    repeated = repeated_pairs(pairs) if drop_duplicates else set[str]()
     if config.mode == "off":
-        return Gate({}, {"mode": "off"})
+        drops = _drops(recipe, pairs, {}, set(), repeated)
+        return Gate(drops, {"mode": "off", "dropped": _count(drops)})
     compared = _held_out_prints(recipe, manifest, pairs, config, workers)
     external = [_read_evaluation_set(path) for path in config.against]
     matches: dict[str, Match] = {}
@@ -150,8 +160,10 @@ def check_leaks(
             found=f"{key} like {match.other.name} of {match.other.home} by {match.rule}",
             todo="set source.leakage.mode=drop to leave them out, or report to list them in leakage.json",
         )  # fmt: skip
-    drops = {} if config.mode == "report" else _drops(recipe, pairs, matches, conflicts)
-    report["dropped"] = dict(sorted(Counter(drop.reason for drop in drops.values()).items()))
+    if config.mode == "report":
+        matches, conflicts = {}, set()
+    drops = _drops(recipe, pairs, matches, conflicts, repeated)
+    report["dropped"] = _count(drops)
     return Gate(drops, report)
 
 
@@ -171,12 +183,28 @@ def find_matches(ours: Sequence[Print], theirs: Sequence[Print], config: Leakage
     return near | found, crowded
 
 
+def repeated_pairs(pairs: Iterable[Pair]) -> set[str]:
+    """Keys of pairs whose very picture an earlier pair of their split has."""
+    seen: set[tuple[str, str]] = set()
+    repeated = set()
+    for pair in pairs:
+        picture = (pair.split, _picture(pair))
+        if picture in seen:
+            repeated.add(pair.key)
+        seen.add(picture)
+    return repeated
+
+
+def _picture(pair: Pair) -> str:
+    return str(pair.sidecar.get("pixels_sha256") or pair.sha256)
+
+
 def conflicting_pairs(pairs: Iterable[Pair]) -> set[str]:
     """Keys of pairs whose very picture also occurs with other labels."""
     said: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     keys: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
-        picture = pair.sidecar.get("pixels_sha256") or pair.sha256
+        picture = _picture(pair)
         said[picture].add(pair.labels)
         keys[picture].append(pair.key)
     return {key for picture, labels in said.items() if len(labels) > 1 for key in keys[picture]}
@@ -315,7 +343,13 @@ def _read_evaluation_set(path: str) -> list[Print]:
     ]  # fmt: skip
 
 
-def _drops(recipe: Recipe, pairs: Sequence[Pair], matches: dict[str, Match], conflicts: set[str]) -> dict[str, Drop]:
+def _count(drops: dict[str, Drop]) -> dict[str, int]:
+    return dict(sorted(Counter(drop.reason for drop in drops.values()).items()))
+
+
+def _drops(
+    recipe: Recipe, pairs: Sequence[Pair], matches: dict[str, Match], conflicts: set[str], repeated: set[str]
+) -> dict[str, Drop]:
     drops = {}
     for pair in pairs:
         if pair.key in conflicts:
@@ -323,6 +357,8 @@ def _drops(recipe: Recipe, pairs: Sequence[Pair], matches: dict[str, Match], con
         elif pair.key in matches:
             match = matches[pair.key]
             reason, detail = f"leaked_{match.rule}", f"{match.other.name} of {match.other.home}"
+        elif pair.key in repeated:
+            reason, detail = "duplicate_image", ""
         else:
             continue
         item = pair.sidecar.get("sample_id") or pair.key
