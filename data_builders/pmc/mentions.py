@@ -9,6 +9,7 @@ and one that names a group names its figures. Captions are not mentions.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
@@ -40,7 +41,7 @@ _TAIL_MORE = re.compile(rf"({_AND}{_CAPITALS})(?=\s*(?:[,.;:)\]]|$))")
 _RANGE = re.compile(r"([A-Za-z])\s*(?:[-\u2010-\u2015\u2212]|\bto\b)\s*([A-Za-z])(?![A-Za-z])")
 
 _SENTENCE_END = re.compile(r"[.?!][)\]\"”’]*\s+(?=(?:\x01\d+\x02)?[(\[\"“‘]*(?:\x01\d+\x02)?[^\W a-z])")
-_LAST_WORD = re.compile(r"[\w.]+$")
+_LAST_WORD = re.compile(r"(?<![\w.])[\w.]++$")
 _ABBREVIATIONS = frozenset(
     "fig figs eq eqs eqn ref refs tab no nos al e.g i.e eg ie vs cf dr prof mr mrs ms st approx ca resp suppl supp"
     " supplementary vol sp spp subsp var cv inc ltd co corp p pp sec ext ed eds viz i.v i.p s.c i.m a.m p.m".split()
@@ -68,9 +69,7 @@ def collect_mentions(
         if not in_body:
             continue
         text = render_text(block, None, {xref: i for i, xref in enumerate(cited)})
-        for place, sentence in enumerate(split_sentences(text)):
-            if "\x01" not in sentence:
-                continue
+        for place, sentence in _marked_sentences(text):
             marks = [int(match[1]) for match in MARK.finditer(sentence)]
             plain = MARK.sub("", sentence)
             for mark in marks:
@@ -90,15 +89,38 @@ def split_sentences(text: str) -> Iterator[str]:
     start = 0
     for match in _SENTENCE_END.finditer(text):
         stop, end = match.span()
-        if text[stop] == ".":
-            word = _LAST_WORD.search(text[max(start, stop - 16) : stop])
-            last = word[0].lower() if word else ""
-            if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
-                continue
-        yield text[start:end].rstrip()
-        start = end
+        if _ends_sentence(text, stop):
+            yield text[start:end].rstrip()
+            start = end
     if start < len(text):
         yield text[start:]
+
+
+def _marked_sentences(text: str) -> Iterator[tuple[int, str]]:
+    """The sentences of a text that hold a mark, and where they start: most ends of sentences need not be looked at."""
+    ends = [match.span() for match in _SENTENCE_END.finditer(text)]
+    mark, place = text.find("\x01"), 0
+    while mark >= 0:
+        place = bisect_left(ends, (mark, mark), place)
+        first, last = place - 1, place
+        # An end of a sentence stands before the mark, or the mark opens the sentence that follows it.
+        while first >= 0 and not (ends[first][1] <= mark and _ends_sentence(text, ends[first][0])):
+            first -= 1
+        while last < len(ends) and not _ends_sentence(text, ends[last][0]):
+            last += 1
+        start = ends[first][1] if first >= 0 else 0
+        stop = ends[last][1] if last < len(ends) else len(text)
+        yield start, text[start:stop].rstrip() if last < len(ends) else text[start:]
+        mark = text.find("\x01", stop)
+
+
+def _ends_sentence(text: str, stop: int) -> bool:
+    """Whether the mark at `stop`, which looks like the end of a sentence, is none of an abbreviation."""
+    if text[stop] != ".":
+        return True
+    word = _LAST_WORD.search(text, max(0, stop - 16), stop)
+    last = word[0].lower() if word else ""
+    return not (last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()))
 
 
 def read_panels(text: str, tail: str = "") -> frozenset[str]:
@@ -142,7 +164,7 @@ def _group_by_paragraph(
     blocks: dict[Element, list[Element]] = {}
     for xref in references:
         rid = xref.get("rid") or ""
-        if rid in targets or any(part in targets for part in rid.split()):
+        if rid in targets or (" " in rid and any(part in targets for part in rid.split())):
             block = xref.getparent()
             while block is not None and block.tag not in _PARAGRAPHS:
                 block = block.getparent()
@@ -179,7 +201,7 @@ def _cited_figures(
         yield figure, panels
     if len(figures) > 1 and re.search(r"\d\s*(?:[-\u2010-\u2015\u2212]|to)\s*S?\d", text):
         yield from ((between, _NO_PANELS) for between in _between(figures[0], figures[-1], labels))
-    following = xref.getnext() if len(tail) < 16 and _DASHES.fullmatch(tail) else None
+    following = xref.getnext() if 0 < len(tail) < 16 and _DASHES.fullmatch(tail) else None
     if figures and following is not None and following.tag == "xref":
         ends = _targets_of(following, targets)
         if ends and ends[0] == figures[-1]:

@@ -52,7 +52,9 @@ _ADAPTED = re.compile(
 )
 # One of its hints stands in whatever an expression matches, which spares most captions all of them.
 _PERMISSION_HINTS = ("permission", "reserved", "under licen", "courtesy")
-_COPYRIGHT_HINTS = ("©", "(c)", "copyr", "copywr")
+_COPYRIGHT_HINTS = ("©", "copyr", "copywr")
+_COPYRIGHT_YEAR = re.compile(r"\(c\)\s*(?:19|20)\d\d")
+"""Of a caption in lower case. `(c)` alone is a panel in every third caption."""
 _COPIED_HINTS = ("reproduced", "reprinted", "republished", "taken from", "taken with", "copied", "excerpted")
 _ADAPTED_HINTS = ("adapted", "modified", "redrawn", "reproduced", "reprinted", "derived")
 _CREDIT = re.compile(
@@ -75,7 +77,8 @@ def words_of_others(text: str) -> bool:
     lower = text.lower()
     if _has(lower, _PERMISSION_HINTS) and _PERMISSION.search(text):
         return True
-    if _has(lower, _COPYRIGHT_HINTS) and _COPYRIGHT.search(text):
+    hinted = _has(lower, _COPYRIGHT_HINTS) or ("(c)" in lower and _COPYRIGHT_YEAR.search(lower))
+    if hinted and _COPYRIGHT.search(text):
         return True
     if not _has(lower, _COPIED_HINTS):
         return False

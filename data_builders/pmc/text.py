@@ -57,11 +57,12 @@ _RULES: dict[str, str] = {
     "mml:math": "math",
 }
 _NO_CARET = frozenset(("st", "nd", "rd", "th", "o", "º", "°"))
-_INVISIBLE = {ord(c): None for c in "\u200b\u200c\u200d\u2060\ufeff\u00ad"}
-_HAS_INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff\u00ad]")
+_INVISIBLE_CHARACTERS = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
+_INVISIBLE = {ord(character): None for character in _INVISIBLE_CHARACTERS}
 _LINK = re.compile(r"(?:doi\s*:?\s*)?(?:https?://\S+|(?:doi\s*:\s*)10\.\d{4,9}/\S+|10\.\d{4,9}/\S+)\.?", re.IGNORECASE)
 
 _COLOUR = r"colou?r(?:ed)?"
+_FILE_TYPES = r"\(\s*(?:docx?|xlsx?|pptx?|pdf|tiff?|eps|zip|csv|avi|mp4|mov)"
 _BOILERPLATE = re.compile(
     "|".join(
         (
@@ -75,7 +76,7 @@ _BOILERPLATE = re.compile(
             r"[^.]*(?:online|at (?:https?://|www\.)\S+)[^.]*\.?",
             rf"\(?for interpretation of the references to {_COLOUR} in th(?:is|e) figure(?: legend)?,? "
             r"the reader is referred to the web version of th(?:is|e) article\.?\)?\.?",
-            r"\(\s*(?:docx?|xlsx?|pptx?|pdf|tiff?|eps|zip|csv|avi|mp4|mov)(?: file)?\s*\)(?=\s*\.?\s*$)\.?",
+            rf"{_FILE_TYPES}(?: file)?\s*\)(?=\s*\.?\s*$)\.?",
             r"\bdoi\s*:?\s*(?:https?://\S+|10\.\d{4,9}/\S+)\s*$",
         )
     ),
@@ -88,6 +89,7 @@ _BOILERPLATE_HINTS = (
     *("www.", "available"),
 )
 """One of these stands in every match but that of a file type, `(DOCX)`, which ends the caption."""
+_FILE_TYPE = re.compile(_FILE_TYPES)
 
 
 def render_text(element: Element, flags: set[str] | None = None, marked: Marked | None = None) -> str:
@@ -102,7 +104,7 @@ def render_text(element: Element, flags: set[str] | None = None, marked: Marked 
 def normalise(text: str) -> str:
     """Text with runs of any whitespace as one space and without invisible characters."""
     text = " ".join(text.split())
-    if text.isascii() or not _HAS_INVISIBLE.search(text):
+    if text.isascii() or not any([character in text for character in _INVISIBLE_CHARACTERS]):
         return text
     return " ".join(text.translate(_INVISIBLE).split())
 
@@ -130,7 +132,7 @@ def remove_boilerplate(text: str, flags: set[str]) -> str:
     """A caption without the journal web page's phrases at its end; adds `boilerplate_removed` if it had any."""
     start = text.rfind(" ", 0, -_BOILERPLATE_REACH) + 1
     end = text[start:].lower()
-    if "(" not in end[-16:] and not any([hint in end for hint in _BOILERPLATE_HINTS]):
+    if not (_FILE_TYPE.search(end[-16:]) or any([hint in end for hint in _BOILERPLATE_HINTS])):
         return text
     shorter, count = _BOILERPLATE.subn(" ", text[start:])
     if not count:
