@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,19 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from biomedclip.errors import ConfigError, MissingExtra
+from biomedclip.errors import MissingExtra
 from biomedclip.images import MAX_PIXELS, BadImage
+from biomedclip.windows import Grey, apply_window, scale
 
 MAX_FRAMES = 100_000
 MAX_INFLATED_BYTES = 1 << 30
 """What a deflated file may become; pydicom would inflate all of it before it looks."""
-
-WINDOWS: dict[str, tuple[float, float]] = {
-    "abdomen": (50, 400), "angio": (300, 600), "bone": (400, 1800), "brain": (40, 80), "liver": (30, 150),
-    "lung": (-600, 1500), "mediastinum": (50, 350), "spine": (50, 250), "stroke": (40, 40), "subdural": (75, 215),
-    "temporal_bone": (600, 2800),
-}  # fmt: skip
-"""Centre and width in HU, as radiology teaches them (Radiopaedia, Windowing (CT))."""
 
 TELLABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "modality": (("Modality",), r"[A-Z]{2,16}"),
@@ -56,16 +50,6 @@ _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}
 _GREYS = {"MONOCHROME1", "MONOCHROME2"}
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grey:
-    """How deep grey becomes 8 bits; without either, only by what the file itself says."""
-
-    window: tuple[float, float] | None = None
-    """Centre and width in HU, instead of the file's."""
-    percentile: tuple[float, float] | None = None
-    """For grey of more than 8 bits that carries no window: percentiles of the frame that become black and white."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,54 +112,6 @@ def render_frame(path: Path, frame: int = 0, grey: Grey | None = None) -> Image.
             coloured = apply_color_lut(stored, dataset)[..., :3]
             return Image.fromarray(_to_bytes(coloured, 8 * coloured.dtype.itemsize))
         return Image.fromarray(_to_bytes(stored, int(dataset.BitsStored)))
-
-
-def parse_grey(window_hu: str | Sequence[float] | None, percentile: Sequence[float] | None) -> Grey:
-    """The Grey that a layout's options say. Raises ConfigError for an unknown preset or numbers that make no window."""
-    window: tuple[float, float] | None = None
-    if isinstance(window_hu, str):
-        if window_hu not in WINDOWS:
-            raise ConfigError(
-                "layout.window_hu", "is no window", found=repr(window_hu), todo=f"use one of {', '.join(WINDOWS)}"
-            )
-        window = WINDOWS[window_hu]
-    elif window_hu is not None:
-        if len(window_hu) != 2 or not window_hu[1] >= 1 or not np.isfinite(window_hu).all():
-            raise ConfigError(
-                "layout.window_hu", "is no [centre, width]", found=str(list(window_hu)), todo="width from 1"
-            )
-        window = (float(window_hu[0]), float(window_hu[1]))
-    if percentile is not None and (len(percentile) != 2 or not 0 <= percentile[0] < percentile[1] <= 100):
-        raise ConfigError(
-            "layout.percentile", "is no pair of percentiles", found=str(list(percentile)), todo="[0.5, 99.5]"
-        )
-    return Grey(window=window, percentile=(float(percentile[0]), float(percentile[1])) if percentile else None)
-
-
-def apply_window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
-    """Values under a window as 8 bits: PS3.3 C.11.2.1.2.1 (C.11.2.1.3 for LINEAR_EXACT and SIGMOID).
-
-    Raises ValueError for a width the function cannot have.
-    """
-    from pydicom import Dataset
-    from pydicom.pixels import apply_windowing
-
-    said = Dataset()
-    said.PhotometricInterpretation, said.PixelRepresentation, said.BitsStored = "MONOCHROME2", 0, 8
-    said.WindowCenter, said.WindowWidth, said.VOILUTFunction = f"{centre:.9g}", f"{width:.9g}", function
-    with np.errstate(over="ignore"):
-        return np.rint(apply_windowing(np.nan_to_num(values), said)).astype(np.uint8)
-
-
-def stretch(values: np.ndarray, percentile: tuple[float, float]) -> np.ndarray:
-    """Values between two percentiles as 8 bits, those outside cut."""
-    low, high = np.percentile(np.nan_to_num(values), percentile)
-    return _scale(np.nan_to_num(values), float(low), float(high))
-
-
-def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    span = high - low if high > low else 1.0
-    return np.rint(np.clip((values.astype(np.float64) - low) / span, 0, 1) * 255).astype(np.uint8)
 
 
 @contextmanager
@@ -321,7 +257,7 @@ def _to_grey(stored: np.ndarray, dataset: Any, frame: int, grey: Grey) -> np.nda
         return apply_window(values, *grey.window)
     if luts := _find(dataset, frame, "VOILUTSequence"):
         table, bits = _lut(luts[0], dataset)
-        return _scale(_look_up(np.rint(values).astype(np.int64), luts[0], table), 0, 2**bits - 1)
+        return scale(_look_up(np.rint(values).astype(np.int64), luts[0], table), 0, 2**bits - 1)
     if (width := _first(_find(dataset, frame, "WindowWidth"))) is not None:
         centre = _first(_find(dataset, frame, "WindowCenter"))
         function = _find(dataset, frame, "VOILUTFunction") or "LINEAR"
@@ -336,10 +272,10 @@ def _to_grey(stored: np.ndarray, dataset: Any, frame: int, grey: Grey) -> np.nda
         padding = dataset.get("PixelPaddingValue")
         there = values[stored != padding] if isinstance(padding, int) and (stored != padding).any() else values
         low, high = np.percentile(np.nan_to_num(there), grey.percentile)
-        return _scale(np.nan_to_num(values), float(low), float(high))
+        return scale(values, float(low), float(high))
     ends = np.array([-(1 << bits >> 1), (1 << bits >> 1) - 1] if signed else [0, (1 << bits) - 1])
     low, high = _to_modality(ends, dataset, frame)
-    return _scale(values, float(min(low, high)), float(max(low, high)))
+    return scale(values, float(min(low, high)), float(max(low, high)))
 
 
 def _to_modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:

@@ -18,11 +18,12 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEGBaseline8Bit
 
-from biomedclip.dicom import WINDOWS, Grey, apply_window, parse_grey, read_facts, render_frame, stretch
+from biomedclip.dicom import read_facts, render_frame
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.images import BadImage
 from biomedclip.layouts import read_bytes, read_manifest, read_rgb
 from biomedclip.layouts.manifest import hash_id
+from biomedclip.windows import WINDOWS, Grey, apply_window, parse_grey, scale
 
 SHIPPED = Path(pydicom.data.__file__).parent / "test_files"
 FILES = sorted(path for path in SHIPPED.rglob("*") if path.is_file())
@@ -321,8 +322,9 @@ def test_windows_that_are_none_are_config_errors(options, message):
 def test_windows_and_percentiles_of_arrays():
     values = np.array([-1000.0, 40.0, np.nan, 1e9])
     assert apply_window(values, 40, 400).tolist() == [0, 128, 102, 255]
-    assert stretch(np.arange(101.0), (0, 100))[[0, 50, 100]].tolist() == [0, 128, 255]
-    assert stretch(np.full(4, 7.0), (1, 99)).tolist() == [0, 0, 0, 0]
+    assert scale(np.arange(101.0), 0, 100)[[0, 50, 100]].tolist() == [0, 128, 255]
+    assert scale(np.full(4, 7.0), 7, 7).tolist() == [0, 0, 0, 0]
+    assert scale(np.array([np.nan, -9.0, 9.0]), -1, 1).tolist() == [128, 0, 255]
 
 
 # the layout

@@ -19,6 +19,7 @@ LEVELS = {
     "biomedclip.config": 1,
     "biomedclip.progress": 1,
     "biomedclip.images": 2,
+    "biomedclip.windows": 2,
     "biomedclip.dicom": 3,
     "biomedclip.tokens": 2,
     "biomedclip.runs": 2,

@@ -15,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from biomedclip.dicom import DicomFacts, Grey, parse_grey, read_facts, render_frame
+from biomedclip.dicom import DicomFacts, read_facts, render_frame
 from biomedclip.errors import DataError
 from biomedclip.images import BadImage
 from biomedclip.layouts.joined import JoinedLabels
@@ -23,6 +23,7 @@ from biomedclip.layouts.manifest import check_path, hash_id, make_manifest
 from biomedclip.layouts.scan import Found, refuse_file, walk_files
 from biomedclip.layouts.tables import DEFAULT_VALUES, Columns, State
 from biomedclip.schema import Drop, ImageRef, LabelKind, LabelledImage, Manifest
+from biomedclip.windows import Grey, parse_grey, read_grey, write_grey
 
 Match = Literal["path", "stem", "sop", "series", "study", "patient"]
 
@@ -114,19 +115,6 @@ def read_dicom_picture(path: Path, rest: str, where: str) -> Image.Image:
         return render_frame(path, int(frame), read_grey(options))
     except BadImage as error:
         raise DataError(where, "gives no picture", found=str(error)) from None
-
-
-def write_grey(grey: Grey) -> str:
-    """The part of a reference that says how grey becomes 8 bits."""
-    said = {"window": grey.window, "percentile": grey.percentile}
-    return "".join(f";{key}={pair[0]:g},{pair[1]:g}" for key, pair in said.items() if pair)
-
-
-def read_grey(options: Sequence[str]) -> Grey:
-    """What `write_grey` wrote."""
-    said = dict(option.split("=") for option in options)
-    pairs = {key: tuple(map(float, value.split(","))) for key, value in said.items() if key in ("window", "percentile")}
-    return Grey(**pairs)  # type: ignore[arg-type]
 
 
 def _read(

@@ -11,50 +11,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from biomedclip.dicom import Grey, apply_window, parse_grey, read_facts, read_header
 from biomedclip.errors import ConfigError, DataError, MissingExtra
-from biomedclip.images import MAX_PIXELS, BadImage
-from biomedclip.layouts.dicoms import read_grey, write_grey
+from biomedclip.images import MAX_PIXELS
 from biomedclip.layouts.joined import JoinedLabels
 from biomedclip.layouts.manifest import check_path, compile_pattern, hash_id, make_manifest
-from biomedclip.layouts.scan import MASK_MARKS, Found, refuse_file, walk_files
 from biomedclip.layouts.tables import DEFAULT_VALUES, Columns, State
+from biomedclip.layouts.volume_files import find_volumes, reading, turn_to_lps
 from biomedclip.schema import Drop, ImageRef, LabelKind, LabelledImage, Manifest
-
-MAX_VOXELS = 1 << 29
-"""Larger volumes are refused before they are read; a CT of the whole body has 4e8."""
+from biomedclip.windows import Grey, apply_window, parse_grey, read_grey, scale, write_grey
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Which axis of an L-P-S array a slice goes across."""
-
-
-class Volume(NamedTuple):
-    """One volume that was found, by its headers."""
-
-    path: str
-    """Of the NIfTI file, or the folder of the series."""
-    item: str
-    """What it is called in sample ids: a hash for DICOM, whose folders are called like patients."""
-    stem: str
-    size: int
-    shape: tuple[int, int, int]
-    """In L-P-S order."""
-    ids: Mapping[str, str]
-    """Series, study and patient id of a series; they are for joining and grouping, hashed."""
-    refused: str | None
 
 
 def read_volumes(
@@ -116,7 +91,7 @@ def read_volumes(
     drops: list[Drop] = []
     rows: list[LabelledImage] = []
     sizes: list[int] = []
-    for found in _find_volumes(start, name, exclude, grey):
+    for found in find_volumes(start, name, exclude, grey):
         if isinstance(found, Drop):
             drops.append(found)
             continue
@@ -164,7 +139,7 @@ def read_volume_picture(path: Path, rest: str, where: str) -> Image.Image:
         raise DataError(where, f"cannot be read: {error.strerror}") from None
     if not files:
         raise DataError(where, "cannot be read: there is no such volume")
-    with _reading(where):
+    with reading(where):
         values, spacing, ends = _load_volume(str(path), stamp, grey.percentile)
         cuts = [_cut(values, spacing, axis, int(number), grey, ends, where) for number in numbers.split(",")]
     if not grid:
@@ -211,123 +186,6 @@ def _choose(
     return [spread] if montage else [[number] for number in dict.fromkeys(spread)]
 
 
-def _find_volumes(start: Path, name: str, exclude: Sequence[str], grey: Grey) -> Iterator[Volume | Drop]:
-    """NIfTI files and folders of DICOM files, in order; every other file is a drop."""
-    others = []
-    for found in walk_files(start):
-        if not found.path.lower().endswith((".nii", ".nii.gz")):
-            others.append(found)
-        elif reason := refuse_file(found, exclude, None):
-            yield Drop(source=name, item=found.path, reason=reason)
-        else:
-            yield _read_nifti(start, found)
-    for parent, files in groupby(sorted(others, key=lambda f: (os.path.dirname(f.path), f.path)),
-                                 key=lambda f: os.path.dirname(f.path)):  # fmt: skip
-        yield from _read_series(start, parent, list(files), name, exclude, grey)
-
-
-def _read_nifti(start: Path, found: Found) -> Volume:
-    stem = re.sub(r"\.nii(\.gz)?$", "", found.path, flags=re.IGNORECASE)
-    for mark in MASK_MARKS:
-        if stem.lower().endswith(mark):
-            raise DataError(f"{start}: {found.path}", "seems to be a segmentation", found=f"'{mark}' in its name",
-                            todo=f"exclude: ['*{mark}.nii*']")  # fmt: skip
-    refused, shape = None, (0, 0, 0)
-    try:
-        with _reading(found.path):
-            import nibabel
-
-            image: Any = nibabel.load(start / found.path)
-            dims = tuple(int(side) for side in image.shape)
-            while len(dims) > 3 and dims[-1] == 1:
-                dims = dims[:-1]
-            if len(dims) != 3 or image.get_data_dtype().fields:
-                refused = "not_three_dimensional" if len(dims) != 3 else "not_grey"
-            elif math.prod(dims) > MAX_VOXELS or min(dims) < 1:
-                refused = "volume_bomb"
-            else:
-                shape = _turn_shape(dims, image.affine)
-    except DataError:
-        refused = "broken_volume"
-    return Volume(found.path, stem, os.path.basename(stem), found.size, shape, {}, refused)
-
-
-def _read_series(
-    start: Path, parent: str, files: Sequence[Found], name: str, exclude: Sequence[str], grey: Grey
-) -> Iterator[Volume | Drop]:
-    item, slices, facts = hash_id(name, parent), [], []
-    for found in files:
-        reason = refuse_file(found, exclude, None)
-        try:
-            if reason is None:
-                # A volume's window is asked for, so that a slice without one of its own is no reason to refuse it.
-                facts.append(read_facts(start / found.path, Grey(window=grey.window, percentile=(0, 100))))
-                slices.append(read_header(start / found.path)[0])
-        except BadImage as error:
-            reason = error.reason
-        if reason:
-            yield Drop(source=name, item=hash_id(name, found.path), reason=reason)
-    if not slices:
-        return
-    refused = next((fact.refused for fact in facts if fact.refused), None)
-    if len({fact.series_uid for fact in facts}) > 1:
-        refused = "several_series"
-    shape = (0, 0, 0)
-    if refused is None:
-        refused, shape = _check_series(slices)
-    ids = {"series": facts[0].series_uid, "study": facts[0].study_uid, "patient": facts[0].patient_id}
-    size = sum(found.size for found in files)
-    yield Volume(parent or ".", item, os.path.basename(parent), size, shape, ids, refused)
-
-
-def _check_series(slices: Sequence[Any]) -> tuple[str | None, tuple[int, int, int]]:
-    """Why the slices make no volume, and its shape. MONAI stacks them by instance number; that this is their order in
-    space, evenly spaced, is checked here, because a missing slice would be a jump in the picture."""
-    try:
-        ordered = sorted(slices, key=lambda ds: int(ds.InstanceNumber))
-        cosines = np.array([[float(v) for v in ds.ImageOrientationPatient] for ds in ordered])
-        positions = np.array([[float(v) for v in ds.ImagePositionPatient] for ds in ordered])
-        sides = {(int(ds.Rows), int(ds.Columns), *(float(v) for v in ds.PixelSpacing)) for ds in ordered}
-    except (AttributeError, TypeError, ValueError):
-        return "no_geometry", (0, 0, 0)
-    if len(ordered) < 2:
-        return "single_slice", (0, 0, 0)
-    if len(sides) > 1 or cosines.shape[1:] != (6,) or np.abs(cosines - cosines[0]).max() > 1e-3:
-        return "uneven_slices", (0, 0, 0)
-    normal = np.cross(cosines[0][:3], cosines[0][3:])
-    gaps = np.diff(positions @ normal)
-    if np.abs(gaps).min() < 1e-3 or np.abs(gaps - np.median(gaps)).max() > max(0.1 * abs(float(np.median(gaps))), 0.05):
-        return "missing_slices", (0, 0, 0)
-    rows, columns = next(iter(sides))[:2]
-    dims = (int(columns), int(rows), len(ordered))
-    if math.prod(dims) > MAX_VOXELS:
-        return "volume_bomb", (0, 0, 0)
-    # DICOM's axes are L, P, S; the columns of the affine are the directions of the array's axes in R, A, S.
-    affine = np.eye(4)
-    affine[:3, :3] = np.stack([cosines[0][:3], cosines[0][3:], normal * np.sign(gaps[0])], 1) * [[-1], [-1], [1]]
-    return None, _turn_shape(dims, affine)
-
-
-def _turn_shape(dims: Sequence[int], affine: np.ndarray) -> tuple[int, int, int]:
-    turn = _turn(affine)
-    sides = [0, 0, 0]
-    for side, (to, _) in zip(dims, turn, strict=True):
-        sides[int(to)] = side
-    return sides[0], sides[1], sides[2]
-
-
-def _turn(affine: np.ndarray) -> np.ndarray:
-    """How an array's axes become L, P, S. Raises ValueError for an affine that says no directions."""
-    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-
-    if not np.isfinite(affine).all():
-        raise ValueError("the affine is not finite")
-    directions = io_orientation(affine)
-    if np.isnan(directions).any():
-        raise ValueError("the affine drops an axis")
-    return np.asarray(ornt_transform(directions, axcodes2ornt("LPS")))
-
-
 @lru_cache(maxsize=2)
 def _load_volume(
     path: str, stamp: tuple[tuple[int, int], ...], percentile: tuple[float, float] | None
@@ -347,7 +205,7 @@ def _load_volume(
     values = values.reshape(values.shape[:3])
     if values.dtype.itemsize > 4:
         values = values.astype(np.float32)
-    turn = _turn(affine)
+    turn = turn_to_lps(affine)
     spacing = voxel_sizes(affine @ inv_ornt_aff(turn, values.shape))
     turned = np.nan_to_num(apply_orientation(values, turn), copy=False)
     low, high = 0.0, 0.0
@@ -367,12 +225,7 @@ def _cut(
     column_mm, row_mm = np.delete(spacing, across)
     if axis != "axial":
         plane = plane[::-1]  # S grows upwards, rows downwards
-    if grey.window:
-        shown = apply_window(plane, *grey.window)
-    else:
-        low, high = ends
-        span = high - low if high > low else 1.0
-        shown = np.rint(np.clip((plane.astype(np.float64) - low) / span, 0, 1) * 255).astype(np.uint8)
+    shown = apply_window(plane, *grey.window) if grey.window else scale(plane, *ends)
     picture = Image.fromarray(np.ascontiguousarray(shown))
     smallest = min(column_mm, row_mm)
     if not smallest > 0 or max(column_mm, row_mm) / smallest < 1.01:
@@ -381,21 +234,3 @@ def _cut(
     if size[0] * size[1] > MAX_PIXELS:
         raise DataError(where, "has a spacing that makes no picture", found=f"{column_mm:g} x {row_mm:g} mm")
     return picture.resize(size, Image.Resampling.BILINEAR)
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Turn what nibabel, MONAI and pydicom raise for a damaged volume into one DataError, warnings kept quiet."""
-    try:
-        from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
-    except ImportError:
-        raise MissingExtra("train", "nibabel") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError, ArithmeticError,
-            RuntimeError, zlib.error, ImageFileError, HeaderDataError) as error:  # fmt: skip
-        raise DataError(where, "cannot be read as a volume", found=str(error).split("\n")[0][:80],
-                        todo="get the file again") from None  # fmt: skip
