@@ -105,7 +105,7 @@ def read_articles(path: str | Path) -> Iterator[ArticleRecord | Drop]:
     import pyarrow.parquet as pq
 
     snapshot_of(path)
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
             yield from map(item_of_row, batch.to_pylist())
 
@@ -226,7 +226,7 @@ def _join(paths: list[Path], out: Path, snapshot: str | None) -> int:
     rows = 0
     with write_atomic(out) as file, _writer(file, snapshot) as writer:
         for path in paths:
-            with pq.ParquetFile(path) as part:
+            with pq.ParquetFile(path, pre_buffer=False) as part:
                 for batch in part.iter_batches(BATCH_ROWS, use_threads=False):
                     writer.write_batch(batch)
                     rows += batch.num_rows

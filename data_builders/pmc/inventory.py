@@ -105,7 +105,7 @@ class Inventory:
     def __iter__(self) -> Iterator[str]:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
             for batch in file.iter_batches(_BATCH_ROWS, columns=["article_id"], use_threads=False):
                 yield from batch.column(0).to_pylist()
 

@@ -92,7 +92,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(10_000):
                 for row in batch.to_pylist():
                     number += 1

@@ -257,7 +257,8 @@ def _scan(path: Path, names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
     import pyarrow.parquet as pq
 
     start = 0
-    with pq.ParquetFile(path) as file:
+    # Without buffering ahead, which for a scan of all rows means to hold the whole file.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(_GROUP_ROWS, columns=names, use_threads=False):
             yield start, batch
             start += batch.num_rows

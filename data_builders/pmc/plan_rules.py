@@ -104,7 +104,7 @@ def load_columns(path: Path) -> Columns:
              "num_pictures": np.int32, "is_record": np.bool_}  # fmt: skip
     codes: dict[str | None, int] = {None: 0}
     reasons: Counter[str] = Counter()
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold these columns of the whole file
         arrays = {name: np.zeros(file.metadata.num_rows, kind) for name, kind in kinds.items()}
         start = 0
         for batch in file.iter_batches(200_000, columns=list(_NARROW), use_threads=False):
