@@ -86,6 +86,14 @@ def test_wrong_arrays_are_one_line(tmp_path, x, y, message):
         read_manifest("hdf5", tmp_path, classes=["a", "b"], images="s.h5")
 
 
+def test_an_array_that_only_states_its_size_is_refused(tmp_path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file.create_dataset("x", (10**12, 4, 4), "u1", chunks=(1, 4, 4))
+        file.create_dataset("y", (10**12,), "u1", chunks=(1024,))
+    with pytest.raises(DataError, match="states a size that no data set has"):
+        read_manifest("hdf5", tmp_path, classes=["a", "b"], images="s.h5")
+
+
 def test_a_damaged_hdf5_is_one_line(tmp_path):
     (tmp_path / "s.h5").write_bytes(b"\x89HDF\r\n\x1a\nnot really")
     with pytest.raises(DataError, match="cannot be read as HDF5"):

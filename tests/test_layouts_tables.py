@@ -189,6 +189,17 @@ def test_masks_beside_their_pictures_are_an_error_until_excluded(tmp_path):
         read_manifest("filename_pattern", root, pattern=r"(?P<label>\w+) \(")
 
 
+def test_a_folder_of_masks_is_no_class(tmp_path):
+    for label in ("cat", "dog", "Masks"):
+        save(tmp_path / label / "x.png")
+    with pytest.raises(DataError, match=r"Masks/x.png: seems to be a mask .*exclude: \['Masks/\*'\]"):
+        read_manifest("image_folder", tmp_path)
+    assert read_manifest("image_folder", tmp_path, exclude=["Masks/*"]).classes == ("cat", "dog")
+    save(tmp_path / "Masks.bak" / "ground_truth" / "x.png")
+    with pytest.raises(DataError, match=r"exclude: \['\*/ground_truth/\*'\]"):
+        read_manifest("image_folder", tmp_path, exclude=["Masks/*"])
+
+
 def test_a_name_ending_like_a_mask_is_a_picture_where_no_other_is_beside_it(tmp_path):
     save(tmp_path / "cat" / "black_mask.png")
     assert len(read_manifest("image_folder", tmp_path).rows) == 1

@@ -260,7 +260,10 @@ def _map_table(path: str, stamp: tuple[int, int]) -> Any:
     with _reading(Path(path)):
         import pyarrow as pa
 
-        return pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        # Offsets of a damaged file would be followed blindly, and end the process. Pictures are not read for this.
+        table.validate(full=True)
+        return table
 
 
 def _parquet_file(path: Path) -> Any:

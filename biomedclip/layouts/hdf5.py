@@ -16,11 +16,15 @@ import numpy as np
 from PIL import Image
 
 from biomedclip.errors import ConfigError, DataError, MissingExtra
+from biomedclip.images import MAX_PIXELS
 from biomedclip.layouts.cells import read_cells
 from biomedclip.layouts.manifest import check_path, hash_id, make_manifest, name_split
 from biomedclip.schema import ImageRef, LabelKind, LabelledImage, Manifest
 
-_DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+MAX_ROWS = 100_000_000
+"""An array without data can state any length."""
+
+_DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)
 
 
 def read_hdf5(
@@ -93,6 +97,9 @@ def _check_images(path: Path, key: str) -> tuple[int, ...]:
     if array.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3, 4))):
         raise DataError(f"{path}: {key}", "holds no 8-bit grey, RGB or RGBA pictures", found=f"{array.dtype} {shape}",
                         todo="name the right array with layout.image_key")  # fmt: skip
+    if shape[0] > MAX_ROWS or shape[1] * shape[2] > MAX_PIXELS:
+        raise DataError(f"{path}: {key}", "states a size that no data set has", found=str(shape),
+                        todo="download the file again")  # fmt: skip
     return shape
 
 

@@ -16,6 +16,7 @@ from biomedclip.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 
+_MASK_FOLDERS = {"mask", "masks", "segmentation", "segmentations", "ground_truth", "groundtruth"}
 MASK_MARKS = ("_mask", "_masks", "-mask", "_seg", "_segmentation", "_gt", "_label", "_annotation")
 
 
@@ -66,10 +67,14 @@ def refuse_file(found: Found, exclude: Sequence[str], suffixes: Iterable[str] | 
 
 
 def check_masks(root: Path, paths: Sequence[str]) -> None:
-    """Raise DataError where some pictures are the masks of others beside them, as BUSI has them.
+    """Raise DataError where some pictures are the masks of others, in a folder called so or, as in BUSI, beside them.
 
-    A mask is named like another picture of its folder with a mark behind: `benign (1)_mask_1.png`.
+    Beside them, a mask is named like another picture of its folder with a mark behind: `benign (1)_mask_1.png`.
     """
+    for path in paths:
+        if folder := next((part for part in path.split("/")[:-1] if part.lower() in _MASK_FOLDERS), None):
+            raise DataError(f"{root}: {path}", "seems to be a mask", found=f"folder '{folder}'",
+                            todo=f"exclude: ['{path.partition(folder)[0] and '*/'}{folder}/*']")  # fmt: skip
     stems = {os.path.splitext(path)[0] for path in paths}
     for path in paths:
         for mark in MASK_MARKS:
