@@ -86,6 +86,14 @@ def test_gzip_json_semicolons_and_other_encodings_are_read(folder):
         list(read_cells(folder / "cut.csv.gz"))
 
 
+def test_columns_without_a_name_are_left_alone(folder):
+    (folder / "t.csv").write_text("Image name,grade,Risk ,,,\na,4,1,,,\n")
+    assert list(read_cells(folder / "t.csv")) == [(2, {"Image name": "a", "grade": "4", "Risk ": "1", "": ""})]
+    (folder / "t.csv").write_text("file,grade,file\na,4,1\n")
+    with pytest.raises(DataError, match="names a column twice"):
+        list(read_cells(folder / "t.csv"))
+
+
 def test_a_table_that_unpacks_without_end_is_refused(folder, monkeypatch):
     monkeypatch.setattr("biomedclip.layouts.cells.MAX_TABLE_BYTES", 1000)
     (folder / "bomb.csv.gz").write_bytes(gzip.compress(bytes(100_000)))

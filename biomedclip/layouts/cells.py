@@ -125,7 +125,8 @@ def _read_csv(text: str, path: Path, columns: Sequence[str], delimiter: str) -> 
 
 
 def _check_names(columns: Sequence[str], path: Path) -> None:
-    if len(set(columns)) < len(columns):
+    named = [column for column in columns if column.strip()]  # spreadsheets leave columns without name or content
+    if len(set(named)) < len(named):
         raise DataError(path, "names a column twice", found=", ".join(columns), todo="rename one of them")
 
 
