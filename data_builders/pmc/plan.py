@@ -170,7 +170,7 @@ def read_plan(path: str | Path, units: Iterable[int] | None = None) -> Iterator[
     if strangers:
         raise DataError(path, f"has units 0 to {facts.units - 1}", found=strangers[0], todo="name one of these")
     chosen = set(wanted)
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for group in sorted({unit // units_per_group for unit in wanted}):
             for batch in file.iter_batches(2_000, row_groups=[group], use_threads=False):
                 for row in batch.to_pylist():
@@ -187,7 +187,7 @@ def read_exclusions(path: str | Path) -> Iterator[Drop]:
     facts = plan_facts(path)
     first = -(-facts.planned // facts.rows_per_group)
     columns = ["article_id", "item", "reason", "detail"]
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         groups = list(range(first, file.metadata.num_row_groups))
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
             for row in batch.to_pylist():

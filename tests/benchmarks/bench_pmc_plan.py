@@ -19,7 +19,7 @@ PEERS = ()
 ROWS = int(os.environ.get("BENCH_ROWS", "8000000"))
 
 MEASURE = """
-import json, os, resource, sys, time
+import json, os, sys, time
 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
 from pathlib import Path
 from data_builders.pmc.diff import diff_tables
@@ -37,7 +37,9 @@ elif what == "unit":
 else:
     result = diff_tables(folder / "old.parquet", folder / "new.parquet", folder / "diff.parquet").counts
 result |= {"s": time.perf_counter() - start}
-result |= {"gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+# Not ru_maxrss, which begins with what the parent held when it started this process.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+result |= {"gb": int(peak.split()[1]) * 1024 / 1e9}
 print(json.dumps(result))
 """
 
@@ -121,29 +123,28 @@ def measure(what: str, folder: Path, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Make the tables, measure, print one JSON line."""
+def measure_all(rows: int) -> dict:
+    """Plan, one unit and a comparison of inventories, over `rows` simulated article versions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        write_table(folder / "articles.parquet", ROWS)
-        write_inventory(folder / "old.parquet", ROWS, 0)
-        write_inventory(folder / "new.parquet", ROWS + ROWS // 1000, 500)
-        print(f"simulated {ROWS} rows in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        write_table(folder / "articles.parquet", rows)
+        write_inventory(folder / "old.parquet", rows, 0)
+        write_inventory(folder / "new.parquet", rows + rows // 1000, 500)
+        print(f"simulated {rows} rows in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         plan = measure("plan", folder)
         unit = measure("unit", folder, str(plan["units"] - 1))
         diff = measure("diff", folder)
         sizes = {path.stem: path.stat().st_size for path in folder.glob("*.parquet")}
-    figures = {
-        "rows": ROWS, "planned": plan["planned"],
+    return {
+        "rows": rows, "planned": plan["planned"],
         "plan_8m_s": round(plan["s"], 1), "plan_8m_gb": round(plan["gb"], 2),
         "read_one_unit_s": round(unit["s"], 2), "read_one_unit_gb": round(unit["gb"], 2),
         "diff_8m_s": round(diff["s"], 1), "diff_8m_gb": round(diff["gb"], 2),
         "diff_changed": diff.get("changed", 0), "diff_new": diff.get("new", 0),
         "article_table_gb": round(sizes["articles"] / 1e9, 2), "plan_file_gb": round(sizes["plan"] / 1e9, 2),
     }  # fmt: skip
-    print(json.dumps({"benchmark": "pmc_plan", "figures": figures}))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({"benchmark": "pmc_plan", "figures": measure_all(ROWS)}))
