@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from biomedclip.errors import ConfigError
 from biomedclip.tokens import count_tokens
 from data_builders.labels.captions import (
     Facts,
@@ -36,7 +37,7 @@ _RESIDUE = re.compile(r"[{}\[\]<>_|]|\b(?:None|nan|NaN|null|NULL|TODO)\b|\s{2,}|
 _NEGATION = re.compile(
     r"\b(?:no|not|without|never|neither|nor|absence of|absent|negative for|free of|lack of|non)\b", re.IGNORECASE
 )
-_ARTICLE = re.compile(r"\b(a|an) ([A-Za-z][\w&-]*)", re.IGNORECASE)
+_ARTICLE = re.compile(r"(\ban?|(?:^|(?<=[.!?] ))An?) ([A-Za-z][\w&-]*)")
 _MAX_REPEATED = 0.5
 """Share of an image's captions that may repeat others of it."""
 _DRAWS = 720
@@ -55,6 +56,14 @@ def lint_recipe(recipe: Recipe, *, context: Context = "clip") -> list[str]:
         *_lint_regions(recipe), *(_lint_captions(speech, context) if recipe.kind != "caption" else ()),
     ]  # fmt: skip
     return [f"{recipe.name}: {problem}" for problem in dict.fromkeys(problems)]
+
+
+def read_context(text: str) -> Context:
+    """A text tower by name. Raises ConfigError for an unknown one."""
+    for context in MAX_TOKENS:
+        if context == text:
+            return context
+    raise ConfigError("context", "is no text tower", found=repr(text), todo=f"use one of {', '.join(MAX_TOKENS)}")
 
 
 def estimate_pieces(text: str) -> int:
@@ -174,12 +183,12 @@ def _caption_problems(
         tokens = count_tokens(caption) if context == "clip" else estimate_pieces(caption)
         if tokens > limit:
             yield f"{tokens} tokens, the text tower reads {limit}"
-    for sentence in re.split(r"(?<=[.!?])\s+|:\s+", caption):
-        if len(_NEGATION.findall(sentence)) > 1:
+    for clause in re.split(r"(?<=[.!?,;:])\s+|\s+and\s+", caption):
+        if len(_NEGATION.findall(clause)) > 1:
             yield "double negation"
     for article, word in _ARTICLE.findall(caption):
         right = with_article(word).split()[0]
-        if article.lower() != right and not (article == "A" and word.lower() in ("and", "or")):
+        if article.lower() != right:
             yield f"says '{article} {word}'"
     for name, pattern in foreign.items():
         if found := pattern.search(caption):
@@ -197,12 +206,14 @@ def _probes(speech: Speech) -> Iterator[tuple[str, tuple[str, ...], Facts]]:
         return
     findings = tuple(label for label in labels if label not in speech.normal)
     for label in findings:
-        yield f"no '{label}'", (label,), Facts(negative=(label,))
+        if recipe.templates.negative:
+            yield f"no '{label}'", (label,), Facts(negative=(label,))
         if recipe.uncertain == "hedge":
             yield f"possible '{label}'", (label,), Facts(uncertain=(label,))
     if len(findings) > 1:
         yield "all classes together", findings, Facts(positive=findings)
         yield "all classes but one absent", findings, Facts(positive=findings[:1], negative=findings[1:])
+    if recipe.templates.negative or recipe.templates.none:
         yield "no class", (), Facts(negative=findings, all_negative=True)
 
 

@@ -38,11 +38,11 @@ REGIONS = {
     "cervix": r"cervi(?:x|cal)|koilocyt\w+|endometri\w+",
     "chest": r"lungs?|pulmonary|pleura\w*|pneumo\w+|atelecta\w+|thora\w+|mediastin\w+|chest|bronch\w+|emphysem\w+",
     "eye": r"eyes?|retina\w*|retino\w+|retinitis|macul\w+|fundus|glaucoma\w*|cataracts?|optic|drusen|choroid\w*"
-           r"|myopi\w+|ocular|vitre\w+|microaneurysm\w*|intraocular|fove\w+",
+           r"|myopi\w+|nevus|ocular|vitre\w+|microaneurysm\w*|intraocular|fove\w+",
     "heart": r"heart|cardi\w+|aort\w+|ventric\w+",
     "joint": r"knees?|menisc\w+|cruciate|shoulders?|hips?|ankles?|foot|joints?|tendon\w*|cartilag\w+|osteoarthritis"
              r"|ligament\w*|chondral|labr\w+|patell\w+|rotator",
-    "kidney": r"kidneys?|renal|nephr\w+|glomerul\w+|tubul\w+|podocyt\w+",
+    "kidney": r"kidneys?|renal|nephr\w+|glomerul\w+|tubules?|podocyt\w+",
     "liver": r"liver|hepat\w+",
     "lymph": r"lymph\w*",
     "nerve": r"synap\w+|neuron\w*|axon\w*|dendrit\w+",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -231,9 +232,10 @@ class Recipe(Config):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Columns that templates may speak of as they are."""
-        fields = {field.source for field in self.fields}
-        return tuple(column for column in self.layout.get("attributes", ()) if column not in fields)
+        """Columns, and named parts of file names, that templates may speak of as they are."""
+        named = re.findall(r"\(\?P<(\w+)>", str(self.layout.get("pattern", "")))
+        taken = {"label", "group", "split", *(field.source for field in self.fields)}
+        return tuple(column for column in (*self.layout.get("attributes", ()), *named) if column not in taken)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
