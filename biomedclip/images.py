@@ -186,11 +186,16 @@ def _flags(image: Image.Image) -> tuple[str, ...]:
         flags.append("cmyk")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         flags.append("first_frame")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if "transparency" in image.info or (image.mode in ("RGBA", "LA", "PA") and not _is_opaque(image)):
         flags.append("alpha")
     if image.format in _FORMATS and image.getexif().get(0x0112, 1) != 1:
         flags.append("rotated")
     return tuple(flags)
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    """Whether an alpha channel hides nothing, as in most screenshots: then every reader shows the picture alike."""
+    return image.mode != "PA" and image.getchannel("A").getextrema() == (255, 255)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -274,6 +274,14 @@ def recoded(mode: str, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def see_through() -> bytes:
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(picture()))
+    image.putalpha(image.convert("L"))
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def deep() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 96 * 72).reshape(72, 96).astype(np.uint16)).save(buffer, "PNG")
@@ -307,7 +315,8 @@ def white(width: int, height: int) -> bytes:
         pytest.param(white(30_000, 2_000), "F1 - image_too_elongated", id="30,000 px wide"),
         pytest.param(recoded("CMYK", "JPEG"), "F1 = f1.jpg [cmyk reencoded] A lung.", id="CMYK"),
         pytest.param(recoded("P", "PNG"), "F1 = f1.jpg A lung.", id="palette"),
-        pytest.param(recoded("RGBA", "PNG"), "F1 = f1.jpg [alpha reencoded] A lung.", id="alpha"),
+        pytest.param(recoded("RGBA", "PNG"), "F1 = f1.jpg A lung.", id="alpha that hides nothing"),
+        pytest.param(see_through(), "F1 = f1.jpg [alpha reencoded] A lung.", id="alpha"),
         pytest.param(deep(), "F1 - deep_image", id="16 bit"),
         pytest.param(picture(format="GIF", save_all=True, append_images=[Image.new("RGB", (96, 72))]),
                      "F1 = f1.jpg [first_frame reencoded] A lung.", id="animated"),

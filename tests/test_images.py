@@ -52,6 +52,8 @@ def reason(data: bytes, **limits: Any) -> str:
         (encode(smooth("1"), "PNG"), "png"),
         (encode(smooth(), "WEBP"), "webp"),
         (encode(smooth(), "WEBP", lossless=True), "webp"),
+        (encode(smooth("RGBA"), "PNG"), "png"),
+        (encode(smooth("LA"), "PNG"), "png"),
     ],
 )
 def test_what_readers_show_alike_keeps_its_bytes(data: bytes, format: str) -> None:
@@ -71,8 +73,8 @@ def test_what_readers_show_alike_keeps_its_bytes(data: bytes, format: str) -> No
         (encode(smooth(), "BMP"), None),
         (encode(smooth("CMYK"), "JPEG"), "cmyk"),
         (encode(smooth("CMYK"), "TIFF"), "cmyk"),
-        (encode(smooth("RGBA"), "PNG"), "alpha"),
-        (encode(smooth("LA"), "PNG"), "alpha"),
+        (encode(np.dstack([SMOOTH, SMOOTH[..., 0]]), "PNG"), "alpha"),
+        (encode(Image.merge("LA", (smooth("L"), smooth("L"))), "PNG"), "alpha"),
         (encode(smooth("P"), "PNG", transparency=0), "alpha"),
         (encode(np.dstack([SMOOTH, SMOOTH[..., 0]]), "WEBP", lossless=True, exact=True), "alpha"),
         (encode(smooth(), "GIF", save_all=True, append_images=[smooth("L")]), "first_frame"),

@@ -98,6 +98,7 @@ class _Package:
     member_names: dict[str, str]
     """Key -> name of the member."""
     sizes: dict[str, int]
+    md5s: dict[str, str | None]
     data: dict[str, bytes] = field(default_factory=dict)
     """Key -> bytes of the XML and the pictures, as far as they fit."""
 
@@ -162,8 +163,9 @@ class OaPackages:
             raise BadFile("file_too_large", f"{file.key} has {package.sizes[file.key]} bytes")
         data = package.data.get(file.key)
         if data is None:
-            data = self._read_member(position, member_name)
-        return check_md5(data, file)
+            return check_md5(self._read_member(position, member_name), file)
+        # The checksum of these very bytes was taken as they were read.
+        return data if file.md5 in (None, package.md5s[file.key]) else check_md5(data, file)
 
     def _find_packages(self) -> tuple[array[int], array[int]]:
         """PMC ids, sorted, and for each the position of its folder."""
@@ -281,7 +283,9 @@ def _arrange(pmcid: int, members: list[Member], listed: ListedArticle | None) ->
     )
     data = {key: member.data for key, name in keys.items() if (member := files[name]).data is not None}
     names = {key: files[name].name for key, name in keys.items()}
-    return _Package(record, tuple(drops), names, {key: files[name].size for key, name in keys.items()}, data)  # type: ignore[arg-type]
+    sizes = {key: files[name].size for key, name in keys.items()}
+    md5s = {key: files[name].md5 for key, name in keys.items()}
+    return _Package(record, tuple(drops), names, sizes, md5s, data)
 
 
 def _admit(article_id: str, members: list[Member]) -> tuple[dict[str, Member], list[Drop]]:
