@@ -156,8 +156,10 @@ def settle_facts(speech: Speech, row: LabelledImage) -> Facts:
         raise Refused("banned_class", ", ".join(sorted(shown)))
     if both := (positive & (negative | uncertain)) | (negative & uncertain):
         raise Refused("contradictory_labels", ", ".join(sorted(both)))
-    if (positive & speech.normal) and (beside := (positive | uncertain) - speech.normal - speech.incidental):
-        raise Refused("contradictory_labels", f"normal, and {', '.join(sorted(beside))}")
+    if beside := (positive | uncertain) - speech.normal - speech.incidental:
+        if positive & speech.normal:
+            raise Refused("contradictory_labels", f"normal, and {', '.join(sorted(beside))}")
+        uncertain -= speech.normal  # a finding settles the doubt
     policy = speech.recipe.uncertain
     if policy == "positive":
         positive |= uncertain
