@@ -72,6 +72,15 @@ class FoundFigure:
 
 
 @dataclass(slots=True)
+class _Seen:
+    """What figures of one article share."""
+
+    groups: dict[Element, tuple[str, str]] = field(default_factory=dict)
+    """`fig-group` -> its id and its text."""
+    parents: dict[Element, Surroundings] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Survey:
     """The elements of interest of an article, from one walk over it."""
 
@@ -101,11 +110,11 @@ def survey_article(article: Element) -> Survey:
 def find_figures(survey: Survey, article_holders: frozenset[str]) -> list[FoundFigure]:
     """The figures in document order, each once. Counts `merged_figures` in the survey."""
     found: list[FoundFigure] = []
-    groups: dict[Element, tuple[str, str]] = {}
+    seen = _Seen()
     for element in survey.containers:
         graphics = survey.graphics.get(element, [])
         if element.tag == "fig" or graphics:
-            _add_once(_read_figure(element, graphics, groups, article_holders), found, survey.counts)
+            _add_once(_read_figure(element, graphics, seen, article_holders), found, survey.counts)
     return _name_figures(found)
 
 
@@ -146,7 +155,7 @@ def _place_graphic(graphic: Element, survey: Survey) -> None:
 
 
 def _read_figure(
-    element: Element, graphics: list[Element], groups: dict[Element, tuple[str, str]], article_holders: frozenset[str]
+    element: Element, graphics: list[Element], seen: _Seen, article_holders: frozenset[str]
 ) -> FoundFigure:
     flags: list[str] = []
     if element.tag != "fig":
@@ -158,7 +167,7 @@ def _read_figure(
         flags += media_flag
     text_flags: set[str] = set()
     captions = _captions(element, graphics)
-    around = _surroundings(element, captions, groups)
+    around = _surroundings(element, captions, seen)
     caption = _join_captions(captions, around.language, text_flags)
     if not captions:
         # Old articles put the caption into plain paragraphs of the figure.
@@ -240,13 +249,24 @@ def _language_of(element: Element) -> str | None:
     return None
 
 
-def _surroundings(element: Element, captions: list[Element], groups: dict[Element, tuple[str, str]]) -> Surroundings:
+def _surroundings(element: Element, captions: list[Element], seen: _Seen) -> Surroundings:
     """What the ancestors say. Of captions in several languages English is taken, or else the first."""
     languages = [language for caption in captions if (language := normalise_language(caption.get(XML_LANG)))]
     language = "en" if "en" in languages else next(iter(languages), None)
+    language = language or normalise_language(element.get(XML_LANG))
+    parent = element.getparent()
+    if parent not in seen.parents:
+        seen.parents[parent] = _read_ancestors(parent, seen.groups)
+    around = seen.parents[parent]
+    return replace(around, language=language) if language and language != around.language else around
+
+
+def _read_ancestors(parent: Element, groups: dict[Element, tuple[str, str]]) -> Surroundings:
+    """The surroundings that all figures of one parent share."""
+    language: str | None = None
     flags: list[str] = []
     found_groups: list[Element] = []
-    node: Element | None = element
+    node: Element | None = parent
     while node is not None:
         tag = node.tag
         language = language or normalise_language(node.get(XML_LANG))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from datetime import date
+from functools import lru_cache
 
 from biomedclip.schema import Article
 from data_builders.pmc.text import normalise, render_text
@@ -20,6 +21,11 @@ _MONTH_NAMES = [m.title() for m in _MONTHS]
 _MANUSCRIPT_ID = re.compile(
     r"(?:NIHMS|EMS|UKMS|HHMIMS|NIHPA|CAMS|NASA|DOE|VAPA|EPA|USDA|NIST|PAMS)-?\d+", re.IGNORECASE
 )
+_ARTICLE_ID = re.compile(r"PMC([1-9]\d*)\.([1-9]\d*)")
+_ANY_PMCID = re.compile(r"(?:PMC)?0*(\d{1,12})(?:\.\d+)?", re.IGNORECASE | re.ASCII)
+_ISO_DATE = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?", re.ASCII)
+_YEAR = re.compile(r"\D*([12]\d{3})\D*", re.ASCII)
+_TWO_DIGITS = re.compile(r"\d{1,2}", re.ASCII)
 _PMC_ID_TYPES = ("pmcid", "pmc", "pmc-uid", "pmcaid")
 _LANGUAGES = {
     "eng": "en",
@@ -45,7 +51,7 @@ _RETRACTED_TITLE = re.compile(r"^\W*(?:retracted(?:\s+article)?|withdrawn(?:\s+a
 
 def parse_article_id(article_id: str) -> tuple[int, int]:
     """The number and version of `PMC<id>.<version>`. Raises ValueError for anything else."""
-    match = re.fullmatch(r"PMC([1-9]\d*)\.([1-9]\d*)", article_id)
+    match = _ARTICLE_ID.fullmatch(article_id)
     if match is None:
         raise ValueError(f"article id: is not PMC<id>.<version> (found {article_id!r}); pass the folder's name")
     return int(match[1]), int(match[2])
@@ -104,7 +110,7 @@ def read_ids(meta: Element | None) -> dict[str, str]:
 def read_pmcid(ids: dict[str, str]) -> int | None:
     """The PMC number among ids of any age: `PMC123`, `123` or `PMC123.2`, as pmcid, pmc, pmc-uid or pmcaid."""
     for kind in _PMC_ID_TYPES:
-        match = re.fullmatch(r"(?:PMC)?0*(\d{1,12})(?:\.\d+)?", ids.get(kind, ""), re.IGNORECASE | re.ASCII)
+        match = _ANY_PMCID.fullmatch(ids.get(kind, ""))
         if match:
             return int(match[1])
     return None
@@ -121,6 +127,7 @@ def read_retracted_ids(article: Element) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in found if text))
 
 
+@lru_cache(maxsize=4096)
 def normalise_language(tag: str | None) -> str | None:
     """The two-letter, lower-case language of an `xml:lang`: `EN`, `eng` and `en-US` are `en`."""
     primary = re.split(r"[-_]", (tag or "").strip().lower())[0]
@@ -163,18 +170,16 @@ def _date_group(kind: str) -> int:
 
 
 def _iso_date(node: Element) -> str | None:
-    iso = re.match(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?", node.get("iso-8601-date") or "", re.ASCII)
+    iso = _ISO_DATE.match(node.get("iso-8601-date") or "")
     parts = list(iso.groups()) if iso else [node.findtext(tag) for tag in ("year", "month", "day")]
-    year = re.fullmatch(r"\D*([12]\d{3})\D*", parts[0] or node.findtext("string-date") or "", re.ASCII)
+    year = _YEAR.fullmatch(parts[0] or node.findtext("string-date") or "")
     if year is None:
         return None
     month_text, day_text = (parts[1] or "").strip(), (parts[2] or "").strip()
-    month = (
-        int(month_text) if re.fullmatch(r"\d{1,2}", month_text, re.ASCII) else _MONTHS.get(month_text.lower()[:3], 0)
-    )
+    month = int(month_text) if _TWO_DIGITS.fullmatch(month_text) else _MONTHS.get(month_text.lower()[:3], 0)
     if not 1 <= month <= 12:
         return year[1]
-    day = int(day_text) if re.fullmatch(r"\d{1,2}", day_text, re.ASCII) else 0
+    day = int(day_text) if _TWO_DIGITS.fullmatch(day_text) else 0
     try:
         return date(int(year[1]), month, day).isoformat()
     except ValueError:
