@@ -1,4 +1,4 @@
-"""Panels and concepts as a build of PMC asks for them: what is cut, what stays whole and why, and how it is counted."""
+"""What a build of PMC adds where its config asks: panels, and how they are counted; concepts; MeSH terms."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from biomedclip.schema import Article, Drop, Pair
 from biomedclip.shards import DatasetFolder
 from data_builders.build import BuildConfig, build, config_sha256, open_input
 from data_builders.pmc.catalog import ArticleRecord, LocalBucket
+from data_builders.pmc.mesh_terms import read_mesh_terms
 from data_builders.pmc.pairs import PmcConfig, article_pairs
 from data_builders.pmc.panel_boxes import read_boxes
 
@@ -265,6 +266,40 @@ def test_a_thousand_captions_are_tagged_within_a_second(tmp_path: Path) -> None:
     start = time.process_time()
     assert {modality_of(tag_caption(caption)) for caption in captions} == {"ct"}
     assert time.process_time() - start < 1
+
+
+def write_mesh(path: Path, rows: dict[int, list[str] | None]) -> Path:
+    columns = {"pmid": list(rows), "mesh": list(rows.values())}
+    kinds = pa.schema({"pmid": pa.int64(), "mesh": pa.list_(pa.string())})
+    # Row groups of two rows: terms are numbered anew in each.
+    pq.write_table(pa.table(columns, schema=kinds), path, row_group_size=2)
+    return path
+
+
+def test_mesh_terms_are_joined_on_the_pmid_and_never_on_the_position(tmp_path: Path) -> None:
+    rows = {2: ["Lung"], 4: ["Mice", "Lung"], 5: ["Child", "Thorax"], 9: None, 11: ["Lung", "Child"]}
+    table = read_mesh_terms(write_mesh(tmp_path / "mesh.parquet", rows))
+    assert [table.of(pmid) for pmid in (2, 3, 4, 5, 9, 11, 12, None)] == [
+        ("Lung",), (), ("Mice", "Lung"), ("Child", "Thorax"), (), ("Lung", "Child"), (), (),
+    ]  # fmt: skip
+    bucket = write_bucket(tmp_path)
+    (record,) = bucket.records()
+    assert isinstance(record, ArticleRecord)
+    config = check_config({"root": "x", "mesh": str(tmp_path / "mesh.parquet")}, PmcConfig, "test")
+    facts = next(iter(article_pairs(record, bucket, config, preset="commercial")))
+    assert isinstance(facts, Article)
+    assert (facts.pmid, facts.mesh) == (5, ("Child", "Thorax"))
+
+
+def test_a_mesh_table_that_is_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "no.parquet").write_text("no")
+    pq.write_table(pa.table({"pmid": [1], "terms": ["x"]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"pmid": [1], "mesh": ["x"]}), tmp_path / "flat.parquet")
+    for name in ("no", "other", "flat"):
+        with pytest.raises(DataError, match=rf"{name}\.parquet: is no table of MeSH terms"):
+            read_mesh_terms(tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match="each PMID once, ascending"):
+        read_mesh_terms(write_mesh(tmp_path / "twice.parquet", {3: ["x"], 2: ["x"]}))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ figure exactly once. What concerns the whole article (retraction, licence) is as
 figure, so that the ledger says what a rule costs; only where the XML itself cannot be read there is one Drop with the
 article id as item, because nobody knows how many figures were lost. Nothing is inferred: without a stated licence that
 the preset admits, no figure of the article is kept, and a figure whose caption or permissions speak of somebody else's
-rights is kept only under the preset `all`, or where the config says so. Panels (`panel_pairs`) and caption concepts
-are added only where the config asks for them; a panel is an item of its own, seen and counted like a figure.
+rights is kept only under the preset `all`, or where the config says so. Panels (`panel_pairs`), caption concepts and
+MeSH terms are added only where the config asks for them; a panel is an item of its own, seen and counted like a figure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -28,8 +29,9 @@ from data_builders.pmc.catalog import ArticleRecord, BadFile, Source, SourceFile
 from data_builders.pmc.jats import BadXml, parse_article
 from data_builders.pmc.licences import decide_licence
 from data_builders.pmc.media import resolve_graphic
+from data_builders.pmc.mesh_terms import read_mesh_terms
 from data_builders.pmc.panel_pairs import PanelConfig, with_panels
-from data_builders.pmc.side_tables import hash_files
+from data_builders.pmc.side_tables import hash_files, read_once
 
 MAX_MENTIONS = 5
 MAX_MENTION_CHARS = 1000
@@ -65,9 +67,12 @@ class PmcRules(Config):
     concepts: bool = False
     """Whether captions are searched for concepts, and for the modality of their picture (`data_builders.concepts`)."""
 
+    mesh: str | None = None
+    """A table of MeSH terms (`mesh_terms`), joined on the PMID into the articles' facts."""
+
     def side_files(self) -> dict[str, str]:
         """Key -> sha256 of each file beside the articles that the rules name; part of a build's identity."""
-        return hash_files({"panels.boxes": self.panels.boxes})
+        return hash_files({"panels.boxes": self.panels.boxes, "mesh": self.mesh})
 
 
 class PmcConfig(PmcRules):
@@ -118,6 +123,8 @@ def article_pairs(
         return
     licence, refusal = decide_licence(record.licence, parsed.licence)
     article = complete_article(parsed.article, record, licence)
+    if config.mesh is not None:
+        article = replace(article, mesh=read_once(read_mesh_terms, Path(config.mesh).expanduser()).of(article.pmid))
     yield article
     context = _Context(
         record, source, config, preset, article, split_of(article_identity(article), config.splits),

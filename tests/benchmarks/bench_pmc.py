@@ -415,13 +415,71 @@ def measure_memory(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# --- scaling ----------------------------------------------------------------------------------------------------
+
+
+def write_packages_as_unit(task: tuple[str, str, int]) -> int:
+    """One task of two workers: a folder of packages to one committed unit; pairs."""
+    packages, out, number = task
+    source, config = OaPackages(packages), PmcConfig(root=packages, languages=None)
+    items = (
+        item
+        for record in source.records()
+        for item in ([record] if isinstance(record, Drop) else article_pairs(record, source, config, preset="all"))
+    )
+    return write_unit(out, unit_name(number), items, identity={}).kept
+
+
+def keep_busy(seconds: float) -> float:
+    """Loops a second of a task that shares nothing with anybody."""
+    end, loops = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        sum(range(10_000))
+        loops += 1
+    return loops / seconds
+
+
+def measure_scaling(folder: Path) -> dict[str, Any]:
+    """Wall time of the same units with one worker and with two, in turn; starting the second process included.
+
+    `control_2w` is what two busy loops get done beside what one does: 2 on two idle cores, 1 where somebody else keeps
+    one of them busy, and then no builder can scale.
+    """
+    from data_builders.engines import run_tasks
+
+    packages, units = folder / "packages", 24
+    packages.mkdir()
+    write_made_up_packages(packages, 30)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(3):
+        for workers in (1, 2):
+            out = folder / f"out-{turn}-{workers}"
+            tasks = [(str(packages), str(out), number) for number in range(units)]
+            start = time.perf_counter()
+            kept = sum(run_tasks(write_packages_as_unit, tasks, workers=workers))
+            seconds[workers].append(time.perf_counter() - start)
+            assert kept == units * 300, kept
+            for path in out.iterdir():
+                path.unlink()
+    idle = sum(run_tasks(keep_busy, [3.0, 3.0], workers=2)) / max(run_tasks(keep_busy, [3.0], workers=1))
+    one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
+    ratios = [a / b for a, b in zip(seconds[1], seconds[2], strict=True)]
+    return {
+        "scaling_2w": round(statistics.median(ratios), 2), "control_2w": round(idle, 2),
+        "pairs_per_s_1w": round(units * 300 / one, 1), "pairs_per_s_2w": round(units * 300 / two, 1),
+    }  # fmt: skip
+
+
 # --- all --------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Run the parts and print one JSON line."""
     figures: dict[str, Any] = {}
-    parts = {"extraction": measure_extraction, "packages": measure_packages, "memory": measure_memory}
+    parts = {
+        "extraction": measure_extraction, "packages": measure_packages, "scaling": measure_scaling,
+        "memory": measure_memory,
+    }  # fmt: skip
     for name, measure in parts.items():
         if name in PARTS:
             say(f"measuring {name}")
