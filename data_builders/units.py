@@ -260,12 +260,16 @@ def article_rows(folder: str | Path) -> pa.Table:
 
 def ledger_rows(folder: str | Path) -> pa.Table:
     """Every figure seen, once, LEDGER_COLUMNS: the rows that a delta replaced are left out."""
+    return live_rows(read_units(folder))
+
+
+def live_rows(records: Sequence[UnitRecord]) -> pa.Table:
+    """The ledger of these units, deltas after what they mend, without the rows that a delta replaced."""
     import pyarrow as pa
 
-    records = read_units(folder)
     gone: dict[str, set[LedgerKey]] = {}
     tables = []
-    for record in reversed(records):  # a delta names rows of those before it
+    for record in reversed(records):
         table = read_tables([record.path("ledger")], LEDGER_COLUMNS)
         if superseded := gone.get(record.base):
             columns = (table[name].to_pylist() for name in ("article_id", "item", "reason"))

@@ -34,7 +34,7 @@ from data_builders.pmc.catalog import ArticleRecord, LocalBucket, Source, Source
 from data_builders.pmc.client import Client, ClientConfig
 from data_builders.pmc.inventory import read_inventory
 from data_builders.pmc.plan_rules import REASONS, Columns, PlanConfig, decide, load_columns
-from data_builders.pmc.sources import OaPackages
+from data_builders.pmc.sources import OaPackages, kind_of_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,9 +139,7 @@ def plan_source(
     root = Path(source)
     if root.is_file():
         return make_plan(root, out, config, only=only)
-    if not root.is_dir():
-        raise DataError(source, "there is no such folder", todo="name a copy of the bucket, a mirror, or https://…")
-    is_mirror = next(root.rglob("PMC*.tar.gz"), None) is not None
+    is_mirror = kind_of_source(source) == "packages"
     return make_plan(OaPackages(root) if is_mirror else LocalBucket(root), out, config, only=only, snapshot=snapshot)
 
 
@@ -161,6 +159,8 @@ def plan_facts(path: str | Path) -> PlanFacts:
 
 def read_plan(path: str | Path, units: Iterable[int] | None = None) -> Iterator[ArticleRecord]:
     """The planned records of some units, or of all, sorted by PMC id; a unit is read without those before it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     facts = plan_facts(path)
@@ -169,15 +169,15 @@ def read_plan(path: str | Path, units: Iterable[int] | None = None) -> Iterator[
     strangers = [unit for unit in wanted if not 0 <= unit < facts.units] if units is not None else []
     if strangers:
         raise DataError(path, f"has units 0 to {facts.units - 1}", found=strangers[0], todo="name one of these")
-    chosen = set(wanted)
+    units_wanted = pa.array(wanted, pa.int32())
     with pq.ParquetFile(path, pre_buffer=False) as file:
         for group in sorted({unit // units_per_group for unit in wanted}):
             for batch in file.iter_batches(2_000, row_groups=[group], use_threads=False):
-                for row in batch.to_pylist():
-                    if row["unit"] in chosen:
-                        item = item_of_row(row)
-                        if isinstance(item, ArticleRecord):
-                            yield item
+                # A group holds many units: only the rows of those asked for become Python objects.
+                for row in batch.filter(pc.is_in(batch["unit"], units_wanted)).to_pylist():
+                    item = item_of_row(row)
+                    if isinstance(item, ArticleRecord):
+                        yield item
 
 
 def read_exclusions(path: str | Path) -> Iterator[Drop]:

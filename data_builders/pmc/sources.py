@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from biomedclip.errors import DataError
 from biomedclip.schema import Drop
@@ -37,6 +38,10 @@ from data_builders.pmc.inventory import Inventory
 from data_builders.pmc.media import rank_extension
 
 MAX_METADATA_BYTES = 16 * 2**20
+
+SourceKind = Literal["cloud", "bucket", "packages"]
+
+_PACKAGE = re.compile(r"PMC([1-9][0-9]{0,11})\.tar\.gz")
 
 
 class CloudBucket:
@@ -174,7 +179,7 @@ class OaPackages:
         ids, places = array("q"), array("q")
         for folder, subfolders, names in os.walk(self.root):
             subfolders.sort()
-            found = [match for name in names if (match := re.fullmatch(r"PMC([1-9][0-9]{0,11})\.tar\.gz", name))]
+            found = [match for name in names if (match := _PACKAGE.fullmatch(name))]
             if found:
                 ids.extend(int(match[1]) for match in found)
                 places.extend([len(self._folders)] * len(found))
@@ -316,6 +321,26 @@ def _choose_xml(names: list[str], files: dict[str, Member], pmcid: int) -> str |
         return not name.lower().endswith(".nxml"), len(parts) != 2, parts[0] != f"PMC{pmcid}", -files[name].size, name
 
     return min((name for name in names if name.lower().endswith((".nxml", ".xml"))), key=rank, default=None)
+
+
+def kind_of_source(source: str) -> SourceKind:
+    """Whether `source` is the bucket's http(s) address, a copy of the bucket, or a mirror of oa_package.
+
+    Raises DataError where it is none of them.
+    """
+    if source.startswith(("https://", "http://")):
+        return "cloud"
+    root = Path(source)
+    if not root.is_dir():
+        raise DataError(source, "there is no such folder", todo="name a copy of the bucket, a mirror, or https://…")
+    # The first entry mostly decides; a mirror's folders must be searched, a bucket's millions should not.
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if ARTICLE_ID.fullmatch(entry.name) or entry.name == "metadata":
+                return "bucket"
+            if _PACKAGE.fullmatch(entry.name):
+                return "packages"
+    return "packages" if next(root.rglob("PMC*.tar.gz"), None) is not None else "bucket"
 
 
 def id_and_version(article_id: str) -> tuple[int, int]:
