@@ -21,6 +21,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,10 +41,14 @@ from PIL import Image
 
 from biomedclip.schema import Article, Drop, Pair
 from biomedclip.shards import DatasetWriter
+from data_builders.engines import run_tasks
 from data_builders.pmc.catalog import ArticleRecord, SourceFile
 from data_builders.pmc.figures import find_figures, survey_article
+from data_builders.pmc.harvest import harvest
 from data_builders.pmc.jats import BadXml, parse_article
 from data_builders.pmc.pairs import PmcConfig, article_pairs
+from data_builders.pmc.plan import plan_source
+from data_builders.pmc.plan_rules import PlanConfig
 from data_builders.pmc.sources import OaPackages
 from data_builders.pmc.xml_input import read_article_element
 from data_builders.units import unit_name, write_unit
@@ -418,18 +423,6 @@ def measure_memory(folder: Path) -> dict[str, Any]:
 # --- scaling ----------------------------------------------------------------------------------------------------
 
 
-def write_packages_as_unit(task: tuple[str, str, int]) -> int:
-    """One task of two workers: a folder of packages to one committed unit; pairs."""
-    packages, out, number = task
-    source, config = OaPackages(packages), PmcConfig(root=packages, languages=None)
-    items = (
-        item
-        for record in source.records()
-        for item in ([record] if isinstance(record, Drop) else article_pairs(record, source, config, preset="all"))
-    )
-    return write_unit(out, unit_name(number), items, identity={}).kept
-
-
 def keep_busy(seconds: float) -> float:
     """Loops a second of a task that shares nothing with anybody."""
     end, loops = time.perf_counter() + seconds, 0
@@ -440,33 +433,33 @@ def keep_busy(seconds: float) -> float:
 
 
 def measure_scaling(folder: Path) -> dict[str, Any]:
-    """Wall time of the same units with one worker and with two, in turn; starting the second process included.
+    """Wall time of one harvest with one worker and with two, in turn; starting the second process included.
 
     `control_2w` is what two busy loops get done beside what one does: 2 on two idle cores, 1 where somebody else keeps
     one of them busy, and then no builder can scale.
     """
-    from data_builders.engines import run_tasks
-
-    packages, units = folder / "packages", 24
+    packages, units, unit_size = folder / "packages", 16, 30
     packages.mkdir()
-    write_made_up_packages(packages, 30)
+    write_made_up_packages(packages, unit_size)
+    for number in range(unit_size, units * unit_size):  # the same files under other names
+        os.link(packages / f"PMC{1000 + number % unit_size}.tar.gz", packages / f"PMC{1000 + number}.tar.gz")
+    config = PlanConfig(licence="commercial", unstated_licence="ask_xml", unit_size=unit_size)
+    plan_source(str(packages), folder / "plan.parquet", config)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(3):
         for workers in (1, 2):
             out = folder / f"out-{turn}-{workers}"
-            tasks = [(str(packages), str(out), number) for number in range(units)]
             start = time.perf_counter()
-            kept = sum(run_tasks(write_packages_as_unit, tasks, workers=workers))
+            facts = harvest(folder / "plan.parquet", str(packages), out, workers=workers)
             seconds[workers].append(time.perf_counter() - start)
-            assert kept == units * 300, kept
-            for path in out.iterdir():
-                path.unlink()
-    idle = sum(run_tasks(keep_busy, [3.0, 3.0], workers=2)) / max(run_tasks(keep_busy, [3.0], workers=1))
-    one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
-    ratios = [a / b for a, b in zip(seconds[1], seconds[2], strict=True)]
+            assert facts.kept == units * unit_size * 10, facts
+            shutil.rmtree(out)
+    alone, both = (sum(run_tasks(keep_busy, [3.0] * workers, workers=workers)) for workers in (1, 2))
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     return {
-        "scaling_2w": round(statistics.median(ratios), 2), "control_2w": round(idle, 2),
-        "pairs_per_s_1w": round(units * 300 / one, 1), "pairs_per_s_2w": round(units * 300 / two, 1),
+        "scaling_2w": round(statistics.median(ratios), 2), "control_2w": round(both / alone, 2),
+        "pairs_per_s_1w": round(facts.kept / statistics.median(seconds[1]), 1),
+        "pairs_per_s_2w": round(facts.kept / statistics.median(seconds[2]), 1),
     }  # fmt: skip
 
 
