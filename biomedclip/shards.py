@@ -154,14 +154,14 @@ def finish_folder(
     `shards` are what `ShardWriter.close` returned; `dropped` counts the ledger's dropped rows by reason. Writes the
     JSON files, the card, the checksums and, last, the manifest; shards of earlier runs are deleted.
     """
-    shards = sorted((dict(shard) for shard in shards), key=lambda shard: str(shard["name"]))
-    _remove_stale_shards(folder, {shard["name"] for shard in shards})
-    write_json(folder / "sizes.json", {shard["name"]: shard["samples"] for shard in shards})
+    done = sorted((dict(shard) for shard in shards), key=lambda shard: str(shard["name"]))
+    _remove_stale_shards(folder, {shard["name"] for shard in done})
+    write_json(folder / "sizes.json", {shard["name"]: shard["samples"] for shard in done})
     for file_name, report in (reports or {}).items():
         write_json(folder / file_name, report)
-    manifest = _manifest(name, shards, dropped, dict(provenance))
+    manifest = _manifest(name, done, dropped, dict(provenance))
     write_text(folder / "README.md", card(manifest))
-    manifest["files"] = _write_sums(folder, shards, tuple(reports or ()))
+    manifest["files"] = _write_sums(folder, done, tuple(reports or ()))
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -483,18 +483,21 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[
 
 
 def read_tables(paths: Sequence[Path], columns: Mapping[str, str] | None) -> pa.Table:
-    """Parquet files as one table. Raises DataError where one is missing, broken or lacks a column."""
+    """Parquet files as one table of the given columns, None for all of the files'.
+
+    Raises DataError where a file is missing, broken or lacks a column.
+    """
     pa, pq = _arrow()
     tables = []
     for path in paths:
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, columns=list(columns) if columns else None)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(path, "cannot be read as parquet", found=str(error)[:80], todo=_REPAIR) from None
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise DataError(path, "lacks columns", found=", ".join(sorted(missing)), todo="rebuild the dataset")
-        tables.append(table.cast(arrow_schema(columns)) if columns else table)
+        tables.append(table.select(list(columns)).cast(arrow_schema(columns)) if columns else table)
     return pa.concat_tables(tables) if tables else arrow_schema(columns or {}).empty_table()
 
 

@@ -19,7 +19,7 @@ from biomedclip.errors import ConfigError, MissingExtra
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SANDBOX = {
+_SANDBOX: dict[str, Any] = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
