@@ -25,6 +25,7 @@ LEVELS = {
     "biomedclip.runs": 2,
     "biomedclip.shards": 3,
     "biomedclip.layouts": 4,
+    "biomedclip.page": 4,
     "data_builders": 5,
     "biomedclip.models": 5,
     "biomedclip.stream": 5,

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from biomedclip.errors import DataError
-from biomedclip.evaluation.charts import collect_curves, draw_funnel, draw_interval, draw_lines
-from biomedclip.evaluation.gallery import article_link, choose_figures, thumbnail
 from biomedclip.evaluation.report import results_table, summarise, summary_table, write_report
 from biomedclip.evaluation.results import write_result
 from biomedclip.evaluation.scores import ClassScores, RankScores, measure
 from biomedclip.evaluation.tasks import find_task
 from biomedclip.images import check_image
+from biomedclip.page.charts import collect_curves, draw_funnel, draw_interval, draw_lines
+from biomedclip.page.gallery import article_link, choose_figures, thumbnail
 from biomedclip.runs import read_metrics
 from biomedclip.schema import Article, Drop, Pair
 from biomedclip.shards import DatasetFolder, DatasetWriter

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from biomedclip.evaluation.gallery import article_link
-from biomedclip.evaluation.markup import Record, link_to, name_metric, to_text, write_measured, write_table
+from biomedclip.evaluation.markup import Record, name_metric, write_measured
+from biomedclip.page.gallery import article_link
+from biomedclip.page.markup import link_to, to_text, write_table
 from biomedclip.runs import CONFIG
 from biomedclip.shards import DatasetFolder
 

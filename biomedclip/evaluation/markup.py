@@ -1,15 +1,16 @@
-"""HTML text for numbers, names and links: the few forms that every section of the report uses.
+"""HTML text for measured numbers and their names: the forms that every section of the report uses.
 
 Numbers are never typed: each stands in a `<data value="…">` element that holds the very number of the JSON record
-while its text is rounded. Whatever comes from outside passes through `to_text` without exception.
+while its text is rounded. Everything else is `biomedclip.page.markup`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
+
+from biomedclip.page.markup import to_text
 
 Record = Mapping[str, Any]
 
@@ -18,13 +19,6 @@ _NAMES = {
     "macro_f1": "macro F1", "mcc": "MCC", "kappa": "Cohen's κ", "ece": "calibration error (ECE)",
     "brier": "Brier score", "nll": "negative log-likelihood",
 }  # fmt: skip
-
-
-def write_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of cells that are escaped already."""
-    head = "".join(f"<th>{to_text(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def write_measured(entry: Record, task: str, stage: str, name: str) -> str:
@@ -64,19 +58,3 @@ def name_metric(name: str) -> str:
 def round_value(value: float | None) -> str:
     """Three decimals; a dash for what is undefined."""
     return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def shorten(text: str | None, limit: int = 400) -> str:
-    """At most `limit` characters on one line."""
-    text = " ".join((text or "").split())
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-def link_to(address: str, text: str) -> str:
-    """A link that tells the other side nothing of this page."""
-    return f'<a href="{to_text(address)}" rel="noreferrer">{to_text(text)}</a>'
-
-
-def to_text(value: object) -> str:
-    """Anything as HTML text that is also safe inside a quoted attribute."""
-    return escape("" if value is None else str(value), quote=True)

@@ -1,23 +1,18 @@
 """The report: results before and after as one HTML file that needs nothing but a browser.
 
-Reads result records, the run folder and the dataset folders; writes a page without script, font, style sheet or
-picture from outside (its own Content-Security-Policy forbids them), so it opens offline, by mail and in ten years.
-`sections.py` writes the parts, `charts.py` draws, `gallery.py` brings the pictures. `summarise` gives the same numbers
-for programs, `results_table` and `summary_table` for terminals.
+Reads result records, the run folder and the dataset folders; `sections.py` writes the parts, `biomedclip.page` makes
+one file of them that opens offline. `summarise` gives the same numbers for programs, `results_table` and
+`summary_table` for terminals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from biomedclip import __version__
 from biomedclip.evaluation.appendix import write_appendix
-from biomedclip.evaluation.gallery import SampleFigure, choose_figures
-from biomedclip.evaluation.markup import Record, chance_of, interval_text, round_value, to_text
+from biomedclip.evaluation.markup import Record, chance_of, interval_text, round_value
 from biomedclip.evaluation.results import TaskResult
 from biomedclip.evaluation.sections import (
     LIMITS,
@@ -25,7 +20,6 @@ from biomedclip.evaluation.sections import (
     count_ledgers,
     write_confusions,
     write_funnels,
-    write_gallery,
     write_header,
     write_headline,
     write_learning,
@@ -33,7 +27,8 @@ from biomedclip.evaluation.sections import (
     write_retrieved,
     write_tiles,
 )
-from biomedclip.files import write_text
+from biomedclip.page import write_page
+from biomedclip.page.gallery import SampleFigure, choose_figures, write_gallery
 from biomedclip.shards import DatasetFolder
 
 
@@ -65,24 +60,12 @@ def write_report(
         write_learning(run),
         write_confusions(before_by, after_by),
         write_retrieved(after_by, datasets),
-        write_gallery(figures),
+        write_gallery(figures, "What it was shown", "Samples chosen by seed, with the caption the model read."),
         write_funnels(datasets),
         write_limits(after),
         write_appendix(before_by, after_by, datasets, run),
     ]
-    style = (resources.files("biomedclip.evaluation") / "report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="biomedclip {escape(__version__)}">\n'
-        f"<title>{to_text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n<footer>Written by biomedclip {to_text(__version__)}. {to_text(LIMITS[0])}</footer>\n</body>\n</html>\n"
-    )
-    write_text(path, page)
-    return Path(path)
+    return write_page(path, title, sections, footer=LIMITS[0])
 
 
 def summarise(

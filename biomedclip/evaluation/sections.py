@@ -13,21 +13,19 @@ from typing import Any
 
 from biomedclip import __version__
 from biomedclip.errors import DataError
-from biomedclip.evaluation.charts import collect_curves, draw_funnel, draw_interval, draw_lines
-from biomedclip.evaluation.gallery import SampleFigure, find_thumbnails, thumbnail
 from biomedclip.evaluation.markup import (
     Record,
     chance_of,
     interval_text,
-    link_to,
     name_metric,
     round_value,
-    shorten,
-    to_text,
     write_measured,
     write_number,
 )
 from biomedclip.evaluation.results import TaskResult
+from biomedclip.page.charts import collect_curves, draw_funnel, draw_interval, draw_lines
+from biomedclip.page.gallery import find_thumbnails
+from biomedclip.page.markup import shorten, to_text
 from biomedclip.runs import DONE, read_facts, read_metrics
 from biomedclip.shards import DatasetFolder
 
@@ -228,31 +226,6 @@ def write_retrieved(after: Mapping[str, Record], datasets: Sequence[DatasetFolde
         '<div class="wide"><table class="retrieved"><thead><tr><th>figure</th><th>its caption</th><th>first choice '
         f'after training</th><th></th><th class="number">rank</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>\n</section>"
-    )
-
-
-def write_gallery(figures: Sequence[SampleFigure]) -> str:
-    """Sample figures with caption, licence and article."""
-    blocks = []
-    for figure in figures:
-        picture = thumbnail(figure.image)
-        if not picture:
-            continue
-        link = link_to(figure.link, figure.link_text) if figure.link else ""
-        credit = " ".join(part for part in (figure.authors, figure.year) if part)
-        # Title, author, licence and source: what CC BY asks for.
-        parts = [to_text(part) for part in (shorten(figure.title, 110), credit, figure.licence) if part]
-        origin = " · ".join([*parts, *([link] if link else [to_text(figure.source)])])
-        blocks.append(
-            f'<figure><img alt="" src="{picture}"><figcaption>'
-            f'<div class="text">{to_text(shorten(figure.caption))}</div>'
-            f'<span class="origin">{origin}</span></figcaption></figure>'
-        )
-    if not blocks:
-        return ""
-    return (
-        '<section id="samples">\n<h2>What it was shown</h2>\n<p class="note">Samples chosen by seed, with the caption '
-        f'the model read.</p>\n<div class="gallery">{"".join(blocks)}</div>\n</section>'
     )
 
 

@@ -1,4 +1,4 @@
-"""Charts of the report as SVG text: intervals, loss curves and funnels, drawn by hand.
+"""Charts of pages as SVG text: intervals, loss curves and funnels, drawn by hand.
 
 Reads plain numbers; yields SVG strings whose colours are the page's own CSS variables, so a chart follows the light
 or dark theme, prints sharp, needs no script and weighs a kilobyte. Every label is escaped here. A plotting library

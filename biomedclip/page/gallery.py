@@ -1,7 +1,7 @@
-"""Pictures of the report: thumbnails inside the page, each with its caption, licence and article.
+"""Pictures of pages: thumbnails inside the page, each with its caption, licence and article.
 
 Reads dataset folders; yields `SampleFigure`s and data URIs. Captions, titles and DOIs come from files that anybody
-may have written, so nothing here is trusted: text stays text until report.py escapes it, and a link is only made of a
+may have written, so nothing here is trusted: text is escaped where it becomes HTML, and a link is only made of a
 DOI that looks like one, or of a PubMed Central id that PMC can have given out.
 """
 
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from biomedclip.errors import DataError
 from biomedclip.images import read_rgb
+from biomedclip.page.markup import link_to, shorten, to_text
 from biomedclip.shards import DatasetFolder
 
 _DOI = re.compile(r"10\.\d{4,9}/\S+")
@@ -90,6 +91,33 @@ def article_link(article: Mapping[str, Any]) -> tuple[str | None, str]:
     if 0 < pmcid < _SYNTHETIC_PMCID:
         return f"https://pmc.ncbi.nlm.nih.gov/articles/PMC{pmcid}/", f"PMC{pmcid}"
     return None, ""
+
+
+def write_gallery(figures: Sequence[SampleFigure], heading: str, note: str) -> str:
+    """A section of pictures with caption, licence and article; empty where there are none."""
+    blocks = []
+    for figure in figures:
+        picture = thumbnail(figure.image)
+        if picture:
+            blocks.append(
+                f'<figure><img alt="" src="{picture}"><figcaption>'
+                f'<div class="text">{to_text(shorten(figure.caption))}</div>'
+                f'<span class="origin">{describe_origin(figure)}</span></figcaption></figure>'
+            )
+    if not blocks:
+        return ""
+    return (
+        f'<section id="samples">\n<h2>{to_text(heading)}</h2>\n<p class="note">{to_text(note)}</p>\n'
+        f'<div class="gallery">{"".join(blocks)}</div>\n</section>'
+    )
+
+
+def describe_origin(figure: SampleFigure) -> str:
+    """Title, author, licence and source as HTML: what CC BY asks for."""
+    link = link_to(figure.link, figure.link_text) if figure.link else ""
+    credit = " ".join(part for part in (figure.authors, figure.year) if part)
+    parts = [to_text(part) for part in (shorten(figure.title, 110), credit, figure.licence) if part]
+    return " · ".join([*parts, *([link] if link else [to_text(figure.source)])])
 
 
 def find_thumbnails(datasets: Sequence[DatasetFolder], sample_ids: Sequence[str], side_px: int = 96) -> dict[str, str]:
