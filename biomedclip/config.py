@@ -12,14 +12,16 @@ how to read them.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -118,9 +120,14 @@ def load_config(path: str | Path, model: type[ConfigT], overrides: Sequence[str]
     return check_config(values, model, path)
 
 
-def read_overrides(overrides: Sequence[str], model: type[ConfigT]) -> ConfigT:
-    """The run described by `key=value` overrides alone, for commands without a file; mistakes as in `load_config`."""
-    values: dict[str, Any] = {}
+def read_overrides(
+    overrides: Sequence[str], model: type[ConfigT], *, given: Mapping[str, Any] = MappingProxyType({})
+) -> ConfigT:
+    """The run described by `key=value` overrides, for commands without a file; mistakes as in `load_config`.
+
+    `given` are the values that the command's arguments stand for.
+    """
+    values: dict[str, Any] = copy.deepcopy(dict(given))
     for override in overrides:
         _apply_override(values, override)
     return check_config(values, model, "--set")

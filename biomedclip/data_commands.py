@@ -64,6 +64,128 @@ def data_estimate(
     typer.echo("\n".join(f"  assumed  {line}" for line in found.assumptions))
 
 
+@data_app.command(
+    "harvest", epilog="Example: biomedclip data harvest plan.parquet --source mirror/ --out raw/ --workers 4"
+)
+def data_harvest(
+    plan: Annotated[Path, typer.Argument(help="A plan made by `biomedclip data plan`.")],
+    source: Annotated[str, typer.Option("--source", help="Where its articles are: as for `data plan`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of units; the same command again goes on.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="languages, third_party, panels.mode, client.contact, …"),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Units at a time; the bytes are the same.")] = 1,
+    engine: Annotated[str, typer.Option("--engine", help="local (processes) or ray (a cluster).")] = "local",
+    unit_slice: Annotated[
+        str, typer.Option("--unit-slice", metavar="I/N", help="Only every Nth unit, from I: for SLURM arrays.")
+    ] = "0/1",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again for what failed for a reason that may have passed.")
+    ] = False,
+) -> None:
+    """Fetch the articles of a plan and turn their figures into units of pairs; each is counted, kept or dropped."""
+    from biomedclip.config import read_overrides
+    from biomedclip.progress import terminal
+    from data_builders.pmc.harvest import HarvestConfig, harvest, parse_slice
+
+    config = read_overrides(overrides or (), HarvestConfig)
+    facts = harvest(plan, source, out, config, engine=engine, workers=workers, unit_slice=parse_slice(unit_slice),
+                    retry_failed=retry_failed, progress=terminal)  # fmt: skip
+    if retry_failed:
+        typer.echo(f"{out}: {facts.retried:,} units retried" if facts.retried else f"{out}: nothing is left to retry")
+    typer.echo(f"{out}: {facts.finished:,} of {facts.units:,} units, {facts.articles:,} articles read")
+    typer.echo(f"{out}: {facts.seen:,} seen, {facts.kept:,} kept")
+    for reason, count in facts.dropped.items():
+        typer.echo(f"  {count:>9,} dropped: {reason}")
+    if facts.retryable:
+        typer.echo(f"  {facts.retryable:>9,} of these failed on the way: run it again with --retry-failed")
+    for name in facts.left_to_others:
+        typer.echo(f"  {name} is being built by another process")
+
+
+@data_app.command(
+    "select", epilog="Example: biomedclip data select raw/ --out selection.parquet --set where='width >= 224'"
+)
+def data_select(
+    raws: Annotated[list[Path], typer.Argument(help="Folders of units, made by `biomedclip data harvest`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The selection: one parquet file.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file with the same keys.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="where, filters.min_side_px, against, dedup.captions, …"),
+    ] = None,
+) -> None:
+    """Say of every harvested pair whether it is taken, and if not, why: filters, SQL, duplicates, contamination."""
+    from biomedclip.config import load_config, read_overrides
+    from biomedclip.progress import terminal
+    from data_builders.select import select
+    from data_builders.selection import SelectConfig, describe_selection
+
+    given = overrides or ()
+    resolved = read_overrides(given, SelectConfig) if config is None else load_config(config, SelectConfig, given)
+    typer.echo(f"{out}: {describe_selection(select(raws, out, resolved, progress=terminal))}")
+
+
+@data_app.command(
+    "pack", epilog="Example: biomedclip data pack selection.parquet --out shards/pmc --set name=pmc --workers 4"
+)
+def data_pack(
+    selection: Annotated[Path, typer.Argument(help="A selection made by `biomedclip data select`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The dataset folder; the same command again goes on.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="name (required), shards.max_samples, shuffle_seed, …"),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Shards at a time; the bytes are the same.")] = 1,
+    engine: Annotated[str, typer.Option("--engine", help="local (processes) or ray (a cluster).")] = "local",
+) -> None:
+    """Write the selected pairs, globally shuffled, as shards with index, ledger, articles, card and checksums."""
+    from biomedclip.config import read_overrides
+    from biomedclip.progress import terminal
+    from data_builders.pack import PackConfig, pack
+
+    config = read_overrides(overrides or (), PackConfig)
+    manifest = pack(selection, out, config, engine=engine, workers=workers, progress=terminal)
+    ledger = manifest["ledger"]
+    typer.echo(f"{out}: {ledger['seen']:,} seen, {ledger['kept']:,} kept in {len(manifest['shards']):,} shards")
+    for reason, count in sorted(ledger["dropped"].items(), key=lambda item: -item[1]):
+        typer.echo(f"  {count:>9,} dropped: {reason}")
+
+
+@data_app.command("hashes", epilog="Example: biomedclip data hashes chest-xray/ --layout image_folder -o chest.parquet")
+def data_hashes(
+    source: Annotated[Path, typer.Argument(help="A dataset folder, or an evaluation set in any layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The hash file: parquet, or csv by its name.")],
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Layout of the set, see docs/layouts.md; none for a dataset folder.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the set is called; by default its own name.")] = None,
+) -> None:
+    """Write the hashes of an evaluation set, by which `data select` finds its pictures in training data."""
+    from biomedclip.layouts import read_manifest
+    from data_builders.contamination import write_hashes
+
+    count = write_hashes(source if layout is None else read_manifest(layout, source), out, name=name)
+    typer.echo(f"{out}: hashes of {count:,} pictures")
+
+
+@data_app.command("mesh", epilog="Example: biomedclip data mesh pubmed26n*.xml.gz --out mesh.parquet")
+def data_mesh(
+    files: Annotated[
+        list[Path], typer.Argument(help="PubMed's baseline and update files or efetch answers, in order.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The table: one parquet file.")],
+) -> None:
+    """Read MeSH terms out of PubMed's XML into a table by PMID; later files win over earlier ones."""
+    from biomedclip.progress import terminal
+    from data_builders.pmc.mesh import write_mesh
+
+    facts = write_mesh(files, out, progress=terminal)
+    typer.echo(f"{out}: {facts.citations:,} citations in {facts.files:,} files, {facts.articles:,} articles")
+    typer.echo(f"  {facts.deleted:>9,} deleted\n  {facts.without_pmid:>9,} left out: without_pmid")
+
+
 @data_app.command("diff", epilog="Example: biomedclip data diff old.articles.parquet new.articles.parquet -o d.parquet")
 def data_diff(
     old: Annotated[Path, typer.Argument(help="An inventory, an article table, or a copy of the bucket.")],
@@ -78,6 +200,71 @@ def data_diff(
         typer.echo(f"{count:>9,} {kind}")
     if facts.tables == "inventories":
         typer.echo("inventories know no licences and retractions: compare article tables before a purge", err=True)
+
+
+@data_app.command(
+    "compile", epilog="Example: biomedclip data compile bccd --root sample://bccd --out shards/bccd --set licence=all"
+)
+def data_compile(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe of the project (`biomedclip data recipes`), or a .yaml file.")
+    ],
+    root: Annotated[str, typer.Option("--root", help="The labelled set: its folder or file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The dataset folder to write.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="licence (required), source.splits, source.leakage.mode, …"),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; the bytes are the same.")] = 1,
+    names: Annotated[
+        Path | None, typer.Option("--names", help="Also write key, sample id and group as csv; keep it to yourself.")
+    ] = None,
+) -> None:
+    """Turn a labelled image set into image-text shards, by a recipe; see `biomedclip build` for a config file."""
+    from biomedclip.config import read_overrides
+    from biomedclip.progress import terminal
+    from data_builders.build import BuildConfig, build, write_names
+    from data_builders.labels.recipe import load_recipe
+    from data_builders.labels.summary import compiled_lines
+
+    source = {"kind": "labels", "recipe": recipe, "root": root}
+    given = {"name": load_recipe(recipe).name, "source": source}
+    config = read_overrides(overrides or (), BuildConfig, given=given)
+    manifest = build(config, out, workers=workers, progress=terminal)
+    if names is not None:
+        typer.echo(f"{names}: {write_names(config, names):,} names")
+    ledger = manifest["ledger"]
+    typer.echo(f"{out}: {ledger['seen']:,} seen, {ledger['kept']:,} kept")
+    for reason, count in sorted(ledger["dropped"].items(), key=lambda item: -item[1]):
+        typer.echo(f"  {count:>7,} dropped: {reason}")
+    typer.echo("\n".join(compiled_lines(manifest["provenance"])))
+
+
+@data_app.command("lint", epilog="Example: biomedclip data lint bccd")
+def data_lint(
+    recipe: Annotated[str, typer.Argument(help="A recipe of the project, a .yaml file, or `all`.")],
+    context: Annotated[str, typer.Option("--context", help="The text tower that will read: clip or bert.")] = "clip",
+) -> None:
+    """Say what is wrong with the words of a recipe, before an image is read; exit 2 where something is."""
+    from data_builders.labels.lint import lint_recipe, read_context
+    from data_builders.labels.recipe import load_recipe, recipe_names
+
+    tower = read_context(context)
+    recipes = [load_recipe(name) for name in (recipe_names() if recipe == "all" else [recipe])]
+    problems = [problem for found in recipes for problem in lint_recipe(found, context=tower)]
+    if problems:
+        typer.echo("\n".join(problems))
+        raise typer.Exit(2)
+    typer.echo(f"{recipe}: nothing found in {sum(len(found.labels) for found in recipes):,} classes of {len(recipes)} "
+               f"recipe{'s' if len(recipes) > 1 else ''}")  # fmt: skip
+
+
+@data_app.command("recipes", epilog="Example: biomedclip data recipes")
+def data_recipes() -> None:
+    """List the recipes of the project: name, modality, kind, images, licence, access."""
+    from data_builders.labels.summary import recipes_table
+
+    typer.echo(recipes_table())
 
 
 @data_app.command("verify", epilog="Example: biomedclip data verify shards/pmc")

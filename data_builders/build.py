@@ -10,7 +10,8 @@ never touched: the same config over the same input is returned as it is, anythin
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import io
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,18 +25,17 @@ from pydantic import Field
 import biomedclip
 from biomedclip.config import Config
 from biomedclip.errors import ConfigError, DataError
-from biomedclip.files import TEMPORARY_PREFIX, sha256_json, write_json
+from biomedclip.files import TEMPORARY_PREFIX, sha256_json, write_text
 from biomedclip.licences import is_allowed
 from biomedclip.progress import Progress, silent
 from biomedclip.schema import Article, Drop, Pair
-from biomedclip.shards import MANIFEST, DatasetFolder, DatasetWriter
+from biomedclip.shards import DatasetWriter
 from data_builders.card import dataset_card
+from data_builders.claims import UNFINISHED, claim_folder, finished_dataset, hold_folder
 from data_builders.filters import Filter, FilterConfig, apply_filters, make_filters
 from data_builders.labels.leakage import LeakageConfig
+from data_builders.order import shuffle_rank
 from data_builders.pmc.pairs import PmcConfig
-
-UNFINISHED = ".building.json"
-"""Marks a folder that a build has begun to fill, so that nobody else's files are overwritten; gone when it is done."""
 
 SAMPLE_SCHEME = "sample://"
 
@@ -121,12 +121,13 @@ def build(config: BuildConfig, out: str | Path, *, workers: int = 1, progress: P
     out = Path(out)
     source = open_input(config, workers=workers)
     identity = {"config_sha256": config_sha256(config), "input_sha256": source.fingerprint}
-    manifest = _finished(out, identity)
+    manifest = finished_dataset(out, identity)
     if manifest is not None:
         (out / UNFINISHED).unlink(missing_ok=True)
         return manifest
-    _claim(out, identity)
+    claim_folder(out, identity)
     with (
+        hold_folder(out),
         DatasetWriter(
             out, name=config.name, max_samples=config.shards.max_samples, max_bytes=config.shards.max_bytes
         ) as writer,
@@ -152,7 +153,26 @@ def build(config: BuildConfig, out: str | Path, *, workers: int = 1, progress: P
 def is_built(config: BuildConfig, out: str | Path) -> bool:
     """Whether `out` holds what `build` would return at once. Raises ConfigError where it holds another dataset."""
     identity = {"config_sha256": config_sha256(config), "input_sha256": open_input(config).fingerprint}
-    return _finished(Path(out), identity) is not None
+    return finished_dataset(Path(out), identity) is not None
+
+
+def write_names(config: BuildConfig, path: str | Path) -> int:
+    """Write key, sample id and group of every image of a labelled set as csv, and return their number.
+
+    It undoes what the hashes in the dataset folder hide, and so belongs to whoever holds the images. Raises ConfigError
+    for a source that has no such names.
+    """
+    from data_builders.labels import compile as labels
+    from data_builders.labels.recipe import load_recipe
+
+    if not isinstance(config.source, LabelsConfig):
+        raise ConfigError("source.kind", "has no names to write", found=config.source.kind)
+    recipe = load_recipe(config.source.recipe)
+    rows = list(labels.key_names(recipe, labels.read_labelled_set(recipe, resolve_root(config.source.root))))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("key", "sample_id", "group"), *rows])
+    write_text(path, text.getvalue())
+    return len(rows)
 
 
 def config_sha256(config: BuildConfig) -> str:
@@ -299,12 +319,8 @@ def _judge(item: Pair | Drop, preset: str, filters: tuple[Filter, ...]) -> Pair 
 
 
 def _shuffled(kept: list[tuple[Pair, int, int]], spool: BinaryIO, seed: int) -> Iterator[Pair]:
-    """The pairs with their images, in the order of a seeded hash of the key: new pairs never reorder old ones."""
-
-    def rank(entry: tuple[Pair, int, int]) -> bytes:
-        return hashlib.sha256(f"{seed}:{entry[0].key}".encode()).digest()
-
-    for pair, offset, size in sorted(kept, key=rank):
+    """The pairs with their images, in the order of `shuffle_rank`."""
+    for pair, offset, size in sorted(kept, key=lambda entry: shuffle_rank(entry[0].key, seed)):
         spool.seek(offset)
         yield replace(pair, image=spool.read(size))
 
@@ -333,32 +349,3 @@ def _provenance(
     if config.source.kind == "pmc":
         provenance["articles"] = {"read": len(collected.articles), "kept": len(collected.kept_articles)}
     return provenance
-
-
-def _finished(out: Path, identity: Mapping[str, str]) -> dict[str, Any] | None:
-    """The manifest of a finished dataset of the same identity. Raises ConfigError for one of another."""
-    if not (out / MANIFEST).exists():
-        return None
-    manifest = DatasetFolder(out).manifest
-    provenance = manifest.get("provenance", {})
-    for part, text in (("config_sha256", "config"), ("input_sha256", "input")):
-        if provenance.get(part) != identity[part]:
-            raise ConfigError(
-                out, f"holds a finished dataset of another {text}", found=f"{part} {provenance.get(part)}"[:40],
-                todo="name another folder, or delete this one to build it anew",
-            )  # fmt: skip
-    return manifest
-
-
-def _claim(out: Path, identity: Mapping[str, str]) -> None:
-    """Mark `out` as being built. Raises ConfigError where it holds files that no build left there.
-
-    What an interrupted build left is overwritten, whatever its config: nothing in it was finished.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(out, "is a file", todo="name a folder")
-    if out.exists() and not (out / UNFINISHED).exists():
-        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY_PREFIX))
-        if others:
-            raise ConfigError(out, "holds other files", found=others[0], todo="name an empty or a new folder")
-    write_json(out / UNFINISHED, dict(identity))

@@ -9,12 +9,13 @@ The card says nothing of the time it was made, because the folder's bytes depend
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from biomedclip.schema import SPLITS, Article
+from data_builders.labels.summary import balance_lines, leakage_lines
 
 MAX_ATTRIBUTION_ROWS = 1000
 """Articles listed in the card; more are a page nobody can open, and articles.parquet has them all."""
@@ -37,16 +38,23 @@ CLINICAL_NOTICE = (
 
 
 def dataset_card(
-    manifest: Mapping[str, Any], articles: Iterable[Article] = (), kept: Mapping[str, int] | None = None
+    manifest: Mapping[str, Any],
+    articles: Iterable[Article] = (),
+    kept: Mapping[str, int] | None = None,
+    *,
+    unlisted: int = 0,
+    licences: Iterable[tuple[str, str | None]] = (),
 ) -> str:
     """Markdown of a dataset's README.md.
 
-    `articles` are those read, `kept` says how many samples each gave; an article without samples is not listed.
+    `articles` are those read, `kept` says how many samples each gave; an article without samples is not listed. Where
+    there are too many to pass, `unlisted` counts those that have samples all the same, and `licences` are code and URL
+    of theirs.
     """
     credited = [article for article in articles if (kept or {}).get(article.article_id)]
     credited.sort(key=lambda article: (article.pmcid, article.version))
     sections = [
-        _front_matter(manifest, credited),
+        _front_matter(manifest, {(article.licence, article.licence_url) for article in credited} | set(licences)),
         f"# {manifest['name']}",
         _introduction(manifest),
         CLINICAL_NOTICE,
@@ -54,8 +62,9 @@ def dataset_card(
         _contents(manifest),
         _loading(manifest),
         _funnel(manifest["ledger"]),
+        _labels(manifest["provenance"]),
         _licences(manifest),
-        _attribution(credited, kept or {}, manifest["provenance"].get("attribution", ())),
+        _attribution(credited, kept or {}, unlisted, manifest["provenance"].get("attribution", ())),
         _provenance(manifest["provenance"]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -74,15 +83,14 @@ def hub_licence(code: str, url: str | None = None) -> str:
     return "cc" if code.startswith("CC ") else "other"
 
 
-def _front_matter(manifest: Mapping[str, Any], credited: Sequence[Article]) -> str:
+def _front_matter(manifest: Mapping[str, Any], stated: Collection[tuple[str | None, str | None]]) -> str:
     shards = manifest["shards"]
     data_files = [
         {"split": _HUB_SPLITS[split], "path": [shard["name"] for shard in shards if shard["split"] == split]}
         for split in SPLITS
     ]
-    licences = {hub_licence(article.licence, article.licence_url) for article in credited if article.licence}
-    stated = {article.licence for article in credited}
-    licences |= {hub_licence(code) for code in manifest["licences"] if code not in stated}
+    licences = {hub_licence(code, url) for code, url in stated if code}
+    licences |= {hub_licence(code) for code in manifest["licences"] if code not in {code for code, _ in stated}}
     languages = manifest["provenance"].get("config", {}).get("source", {}).get("languages", ["en"])
     facts = {
         "pretty_name": manifest["name"],
@@ -144,6 +152,30 @@ def _funnel(ledger: Mapping[str, Any]) -> str:
     )
 
 
+def _labels(provenance: Mapping[str, Any]) -> str:
+    """Classes of the training images, what their captions do to a batch, and what was found to leak."""
+    balance, leakage = provenance.get("balance"), provenance.get("leakage")
+    if not balance and not leakage:
+        return ""
+    parts = ["## Classes, captions and leakage"]
+    if balance:
+        after = balance["class_counts"]["after"]
+        rows = [(name or "no label", count, balance["class_weights"][name], f"{after[name]:,.0f}")
+                for name, count in balance["class_counts"]["before"].items()]  # fmt: skip
+        parts.append(_table(("class (training images)", "images", f"weight ({balance['mode']})", "used"), rows))
+        # Not the class line: the table says it.
+        parts.append("\n".join(_item(line) for line in balance_lines(balance) if line.startswith("captions")))
+    if leakage:
+        parts.append("\n".join(map(_item, leakage_lines(leakage))))
+        parts.append("`leakage.json` names the matches. Hashes do not recognise a picture that was turned or cropped.")
+    return "\n\n".join(parts)
+
+
+def _item(line: str) -> str:
+    head, text = line.split(maxsplit=1)
+    return f"- {head}: {text}"
+
+
 def _licences(manifest: Mapping[str, Any]) -> str:
     rows = list(manifest["licences"].items())
     preset = manifest["provenance"].get("config", {}).get("licence")
@@ -153,7 +185,9 @@ def _licences(manifest: Mapping[str, Any]) -> str:
     return text + " Each sample keeps its own licence (`licence` in its json and index row); credit it as below."
 
 
-def _attribution(credited: Sequence[Article], kept: Mapping[str, int], others: Iterable[Mapping[str, str]]) -> str:
+def _attribution(
+    credited: Sequence[Article], kept: Mapping[str, int], unlisted: int, others: Iterable[Mapping[str, str]]
+) -> str:
     parts = []
     if credited:
         rows = [
@@ -166,8 +200,8 @@ def _attribution(credited: Sequence[Article], kept: Mapping[str, int], others: I
         ]  # fmt: skip
         header = ("article", "title", "first author", "DOI", "licence", "licence text", "samples")
         parts.append(_table(header, rows))
-        if len(credited) > len(rows):
-            parts.append(f"{len(credited) - len(rows):,} more articles are in `articles.parquet`.")
+        if more := len(credited) - len(rows) + unlisted:
+            parts.append(f"{more:,} more articles are in `articles.parquet`.")
     sets = [tuple(row.get(column, "") for column in ("name", "citation", "licence", "url")) for row in others]
     if sets:
         parts.append(_table(("data set", "citation", "licence", "source"), sets))

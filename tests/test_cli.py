@@ -24,7 +24,19 @@ def run(*arguments, **kw):
     return subprocess.run([sys.executable, "-m", "biomedclip", *arguments], capture_output=True, text=True, **kw)
 
 
-DATA_OPTIONS = {"diff": {"old", "new", "--out"}, "plan": {"source", "--out", "--set", "--only"}, "estimate": {"plan", "--set"}, "verify": {"folder"}}
+DATA_OPTIONS = {
+    "harvest": {"plan", "--source", "--out", "--set", "--workers", "--engine", "--unit-slice", "--retry-failed"},
+    "select": {"raws", "--out", "--config", "--set"},
+    "pack": {"selection", "--out", "--set", "--workers", "--engine"},
+    "hashes": {"source", "--out", "--layout", "--name"},
+    "diff": {"old", "new", "--out"}, "mesh": {"files", "--out"},
+    "plan": {"source", "--out", "--set", "--only"},
+    "estimate": {"plan", "--set"},
+    "verify": {"folder"},
+    "compile": {"recipe", "--root", "--out", "--set", "--workers", "--names"},
+    "lint": {"recipe", "--context"},
+    "recipes": set(),
+}
 
 
 def test_the_commands_and_their_options_are_frozen():

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from biomedclip.stream.decode import (
     preset_for,
     read_reduced,
 )
-from biomedclip.stream.plan import Pick, Plan, PlanSource
+from biomedclip.stream.plan import Pick, Plan, PlanSource, mixing_weights
 from biomedclip.stream.text import Tokenise, choose_caption
 
 MAX_ATTEMPTS = 8
@@ -59,8 +59,9 @@ class StreamSource:
     path: str | Path
     weight: float = 1.0
     split: str = "train"
-    balance: bool = False
-    """Every class (first label of a sample) takes the same share of the source, however many samples it has."""
+    balance: bool | Literal["weights"] = False
+    """True: every class (first label of a sample) takes the same share of the source, however many samples it has.
+    `weights`: a sample is used as often as the class weights say that the data set was compiled with."""
     augmentation: str = "auto"
     """A preset of `biomedclip.stream.decode`, or `auto`: by each sample's modality."""
 
@@ -94,11 +95,12 @@ class Samples(Dataset[dict[str, Any]]):
         world_size: int = 1,
         max_bad: float = 0.05,
         cache_bytes: int = 256_000_000,
+        size_exponent: float = 0.0,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError("batch_size", "is not a multiple of the number of processes",
                               found=f"{batch_size} for {world_size}")  # fmt: skip
-        self.rows, plan_sources, self.label_names = read_rows(sources)
+        self.rows, plan_sources, self.label_names = read_rows(sources, size_exponent)
         self.plan = Plan(plan_sources, batch_size=batch_size, seed=seed)
         self.seed, self.geometry, self.tokenise = seed, geometry, tokenise
         self.rank, self.world_size, self.max_bad = rank, world_size, max_bad
@@ -295,11 +297,14 @@ class StreamLoader:
             )  # fmt: skip
 
 
-def read_rows(sources: Sequence[StreamSource]) -> tuple[list[Rows], list[PlanSource], list[str]]:
+def read_rows(
+    sources: Sequence[StreamSource], size_exponent: float = 0.0
+) -> tuple[list[Rows], list[PlanSource], list[str]]:
     """The samples of a mixture, the plan's view of them, and the names of the label ids.
 
-    A balanced source becomes one plan source per class. A label's id is its place among all `source: label` names, so
-    that two sets with a class `normal` do not share it. Raises DataError for a missing folder or an empty split.
+    A balanced source becomes one plan source per class, or per distinct class weight. A label's id is its place among
+    all `source: label` names, so that two sets with a class `normal` do not share it. Raises DataError for a missing
+    folder or an empty split.
     """
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
@@ -312,12 +317,13 @@ def read_rows(sources: Sequence[StreamSource]) -> tuple[list[Rows], list[PlanSou
     label_ids = {name: number for number, name in enumerate(label_names)}
     article_ids = {name: number for number, name in enumerate(articles)}
     rows, plan_sources = [], []
-    for source, table in zip(sources, tables, strict=True):
-        parts = _parts(source, table)
-        for part, members in parts.items():
+    sizes = [len(table["key"]) for table in tables]
+    weights = mixing_weights([source.weight for source in sources], sizes, size_exponent)
+    for source, table, weight in zip(sources, tables, weights, strict=True):
+        for part, (share, members) in _parts(source, table).items():
             taken = {column: [values[i] for i in members] for column, values in table.items()}
             groups = tuple(taken["article_id"])
-            plan_sources.append(PlanSource(name=part, weight=source.weight / len(parts), groups=groups))
+            plan_sources.append(PlanSource(name=part, weight=weight * share, groups=groups))
             labels = [tuple(label_ids[f"{source.name}: {x}"] for x in names or ()) for names in taken["labels"]]
             columns = {column: taken[column] for column in _READ_COLUMNS}
             numbers = [article_ids.get(a, -1) for a in groups]
@@ -335,14 +341,32 @@ def _read_split(source: StreamSource) -> dict[str, list[Any]]:
     return {column: [values[i] for i in chosen] for column, values in table.items()}
 
 
-def _parts(source: StreamSource, table: Mapping[str, list[Any]]) -> dict[str, list[int]]:
-    """Plan source name -> rows: the whole source, or one part per class where it is to be balanced."""
+def _parts(source: StreamSource, table: Mapping[str, list[Any]]) -> dict[str, tuple[float, list[int]]]:
+    """Plan source name -> share of the source and rows: all of it, or a part per class or weight to be balanced."""
     if not source.balance:
-        return {source.name: list(range(len(table["key"])))}
+        return {source.name: (1.0, list(range(len(table["key"]))))}
     parts: dict[str, list[int]] = {}
+    if source.balance == "weights":
+        # Samples of one weight are used equally often: shuffled together, no class of them needs slots of its own.
+        weights = _stored_weights(source, table["labels"])
+        for i, weight in enumerate(weights):
+            parts.setdefault(f"{source.name}/{weight:g}", []).append(i)
+        whole = sum(weights)
+        return {name: (sum(weights[i] for i in rows) / whole, rows) for name, rows in sorted(parts.items())}
     for i, labels in enumerate(table["labels"]):
         parts.setdefault(f"{source.name}/{labels[0] if labels else ''}", []).append(i)
-    return dict(sorted(parts.items()))
+    return {name: (1 / len(parts), rows) for name, rows in sorted(parts.items())}
+
+
+def _stored_weights(source: StreamSource, labels: Sequence[Sequence[str] | None]) -> list[float]:
+    """The weight of each sample: the largest class weight of its labels. Raises DataError where the set has none."""
+    balance = DatasetFolder(source.path).manifest.get("provenance", {}).get("balance")
+    if not balance:
+        raise DataError(source.path, "was compiled without class weights", todo="build it from a recipe with balance, "
+                        "or use balance: true")  # fmt: skip
+    weights = balance["class_weights"]
+    # A class that the training images lacked when the set was compiled has no weight, and is used as it comes.
+    return [max(weights.get(label, 1.0) for label in names or ("",)) for names in labels]
 
 
 def _known(column: Sequence[Sequence[str] | None]) -> set[str]:

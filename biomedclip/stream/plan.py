@@ -112,6 +112,15 @@ class Plan:
         return self._orders[key]
 
 
+def mixing_weights(weights: Sequence[float], sizes: Sequence[int], exponent: float) -> list[float]:
+    """Weights of sources of so many samples, times size ** exponent: 0 leaves them, 1 makes them proportional to size.
+
+    Between the two, small sources come up more often than their size says and less often than large ones (the
+    temperature sampling of multilingual models: Conneau and Lample 2019, section 3.1).
+    """
+    return [weight * size**exponent for weight, size in zip(weights, sizes, strict=True)]
+
+
 def deal_slots(weights: Sequence[float]) -> np.ndarray:
     """(PATTERN,) source of each slot: smooth weighted round robin over weights rounded to PATTERN parts.
 

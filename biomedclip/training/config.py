@@ -46,8 +46,9 @@ class SourceConfig(Config):
     weight: Positive = 1.0
     """Share of every batch, relative to the other sources."""
     split: Literal["train", "val", "test"] = "train"
-    balance: bool = False
-    """Give each class (first label) of the source the same share."""
+    balance: bool | Literal["weights"] = False
+    """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
+    data set's recipe asked for when it was compiled."""
     augmentation: str = "auto"
     """Preset of `biomedclip.stream.decode`: auto (by modality), none, figure, radiology, microscopy, photograph."""
 
@@ -56,6 +57,8 @@ class DataConfig(Config):
     """What is read."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    size_exponent: Share = 0.0
+    """Sources count by weight times number of samples to this power: 0 by weight alone, 1 in proportion to size."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes; 0 reads in the training process, which is best on few cores."""
     max_bad: Share = 0.05

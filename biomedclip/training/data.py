@@ -30,6 +30,7 @@ class StreamData(LightningDataModule):
         samples = Samples(
             stream_sources(config.data), batch_size=config.batch_size, seed=config.seed, geometry=geometry,
             tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
+            size_exponent=config.data.size_exponent,
         )  # fmt: skip
         self.train_loader = StreamLoader(samples, max_steps=config.max_steps, workers=config.data.workers)
 
