@@ -482,6 +482,18 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[
         pq.write_table(table, file, compression="zstd", store_schema=False)
 
 
+def write_batches(path: Path, tables: Iterable[pa.Table], columns: Mapping[str, str]) -> None:
+    """Write tables, one after the other, as one parquet with the given columns and types, byte-reproducibly."""
+    _, pq = _arrow()
+    schema = arrow_schema(columns)
+    with (
+        write_atomic(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table.cast(schema))
+
+
 def read_tables(paths: Sequence[Path], columns: Mapping[str, str] | None) -> pa.Table:
     """Parquet files as one table of the given columns, None for all of the files'.
 

@@ -41,7 +41,7 @@ from data_builders.selection import (
     TimeSplit,
     first_day,
 )
-from data_builders.units import HARVEST, PAIR_COLUMNS, UnitRecord, missing_units, read_units
+from data_builders.units import HARVEST, PAIR_COLUMNS, UnitRecord, fingerprint_units, missing_units, read_units
 from data_builders.where import check_predicate, rows_where
 
 if TYPE_CHECKING:
@@ -310,11 +310,10 @@ def _describe_raw(out: Path, folder: Path, records: Sequence[UnitRecord]) -> Raw
     harvest = folder / HARVEST
     facts = json.loads(harvest.read_bytes()) if harvest.exists() else {}
     facts |= {name: facts["config"][name] for name in ("licence", "languages") if name in facts.get("config", {})}
-    hashes = [[record.name, *(facts["sha256"] for facts in record.files.values())] for record in records]
     return Raw(
         path=os.path.relpath(folder.resolve(), out.resolve().parent),
         name=folder.resolve().name,
-        sha256=sha256_json(hashes),
+        sha256=fingerprint_units(records),
         units=[(record.name, record.kept) for record in records if record.kept],
         facts={name: facts[name] for name in ("notices", "snapshot", "licence", "languages") if name in facts},
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from biomedclip.errors import DataError
-from biomedclip.files import TEMPORARY_PREFIX, explain_full_disk, sha256_file, write_atomic, write_json
+from biomedclip.files import TEMPORARY_PREFIX, explain_full_disk, sha256_file, sha256_json, write_atomic, write_json
 from biomedclip.licences import licence_class
 from biomedclip.schema import LEDGER_COLUMNS, Article, Drop, Pair
 from biomedclip.shards import (
@@ -235,6 +235,11 @@ def count_rows(records: Iterable[UnitRecord]) -> tuple[int, Counter[str]]:
         dropped.update(record.dropped)
         dropped.subtract(reason for _, _, reason in record.supersedes)
     return kept, +dropped
+
+
+def fingerprint_units(records: Iterable[UnitRecord]) -> str:
+    """Hex sha256 of the hashes of all files of some units; equal contents, equal fingerprint, on any machine."""
+    return sha256_json([[record.name, *(facts["sha256"] for facts in record.files.values())] for record in records])
 
 
 def pair_files(folder: str | Path) -> list[Path]:
