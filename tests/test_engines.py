@@ -127,14 +127,16 @@ def test_bad_arguments_are_one_line(monkeypatch):
 @pytest.fixture(scope="module")
 def cluster():
     """Two Ray nodes of one core each on this machine, joined."""
-    pytest.importorskip("ray", reason="an optional extra; the dev extra brings it")
+    pytest.importorskip("ray", reason="an optional extra")
     import ray
     from ray.cluster_utils import Cluster
 
     memory = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     two = Cluster(initialize_head=True, head_node_args=memory)
     two.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    ray.init(address=two.address, log_to_driver=False, logging_level="ERROR")
+    # Workers import the functions of this file, wherever pytest was started.
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(address=two.address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
     yield two
     ray.shutdown()
     two.shutdown()
