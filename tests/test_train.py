@@ -167,6 +167,7 @@ train(load_config(sys.argv[1], TrainConfig), sys.argv[2], resume=True)
 """
 
 
+@pytest.mark.timeout(600)  # a dozen starts of torch, on a machine that may be busy
 @pytest.mark.fault
 def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_weights(folders, tmp_path):
     import yaml
