@@ -172,7 +172,11 @@ def _run_on_ray(
     is_ours = not ray.is_initialized()
     if is_ours:
         _connect(workers)
-    remote = ray.remote(function)
+
+    def call(task: Task) -> Result:
+        return function(task)
+
+    remote = ray.remote(call)  # which takes plain functions only
 
     def wait_for_any(references: list[Any]) -> Any:
         return ray.wait(references, num_returns=1)[0][0]
