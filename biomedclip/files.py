@@ -77,9 +77,13 @@ def explain_full_disk(folder: str | Path) -> Iterator[None]:
                         todo="free space and run the same command again: what is finished stays") from None  # fmt: skip
 
 
-def remove_leftovers(folder: str | Path) -> int:
-    """Delete temporary files that an interrupted run left directly in `folder`; returns how many."""
-    leftovers = list(Path(folder).glob(f"{TEMPORARY_PREFIX}*"))
+def remove_leftovers(folder: str | Path, of: str | None = None) -> int:
+    """Delete temporary files that an interrupted run left directly in `folder`; returns how many.
+
+    `of` is a shell pattern of final names: in a folder where others may be writing, only leftovers of these go.
+    """
+    pattern = f"{TEMPORARY_PREFIX}*" if of is None else f"{TEMPORARY_PREFIX}????????-{of}"
+    leftovers = list(Path(folder).glob(pattern))
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)

@@ -20,7 +20,7 @@ import numpy as np
 
 import biomedclip
 from biomedclip.errors import ConfigError, DataError
-from biomedclip.files import explain_full_disk, sha256_file, sha256_json, write_atomic
+from biomedclip.files import explain_full_disk, remove_leftovers, sha256_file, sha256_json, write_atomic
 from biomedclip.licences import is_allowed
 from biomedclip.progress import Progress, silent
 from biomedclip.schema import SPLITS
@@ -75,6 +75,7 @@ def select(
     _find_duplicates(rows, narrow, config.dedup)
     selection = _describe(out, sources, config, rows)
     with explain_full_disk(out):
+        remove_leftovers(out.parent, of=out.name)
         _write(out, selection, rows, units, config, progress)
     return selection
 

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from biomedclip.errors import DataError
-from biomedclip.files import TEMPORARY_PREFIX, explain_full_disk, sha256_file, sha256_json, write_atomic, write_json
+from biomedclip.files import (
+    explain_full_disk,
+    remove_leftovers,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
 from biomedclip.licences import licence_class
 from biomedclip.schema import LEDGER_COLUMNS, Article, Drop, Pair
 from biomedclip.shards import (
@@ -124,7 +131,7 @@ def write_unit(
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").unlink(missing_ok=True)
-        remove_unit_leftovers(folder, name)
+        remove_leftovers(folder, f"{name}.*")
         unit = _Unit(folder, name)
         with unit.open_files:
             for item in items:
@@ -142,12 +149,6 @@ def write_unit(
         stored = {key: value for key, value in asdict(record).items() if key not in ("folder", "name")}
         write_json(folder / f"{name}.json", {"format": UNIT_FORMAT, "unit": name, **stored})
     return record
-
-
-def remove_unit_leftovers(folder: Path, name: str) -> None:
-    """Delete the temporary files that an interrupted writer of this very unit left; those of others stay."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}????????-{name}.*"):
-        path.unlink(missing_ok=True)
 
 
 def delete_unit(record: UnitRecord) -> None:

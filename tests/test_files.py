@@ -59,5 +59,6 @@ def test_a_killed_writer_leaves_only_a_leftover_that_the_next_run_removes(tmp_pa
     time.sleep(0.01)
     assert not (tmp_path / "big.tar").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    assert remove_leftovers(tmp_path) == 1
+    assert remove_leftovers(tmp_path, of="other.tar") == 0
+    assert remove_leftovers(tmp_path, of="big.*") == 1
     assert not list(tmp_path.iterdir())
