@@ -267,6 +267,37 @@ def data_recipes() -> None:
     typer.echo(recipes_table())
 
 
+@data_app.command(
+    "inspect", epilog="Example: biomedclip data inspect PMC999000007 --source sample://pmc --html it.html"
+)
+def data_inspect(
+    article: Annotated[str, typer.Argument(help="PMC123 or PMC123.1.")],
+    source: Annotated[
+        str,
+        typer.Option("--source", "-s", help="A copy of the bucket, oa_package, https URL, dataset or unit folder."),
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one page with the pictures.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="licence, third_party, panels.mode, … as in a build."),
+    ] = None,
+) -> None:
+    """Show one article as the builder sees it: licence decision, each figure's file, panels and fate, and why."""
+    from rich.console import Console
+
+    from biomedclip.config import read_overrides
+    from data_builders.pmc.inspection import InspectConfig
+    from data_builders.pmc.inspection_folders import inspect_article
+    from data_builders.pmc.inspection_views import print_inspection, write_inspection
+
+    seen = inspect_article(article, source, read_overrides(overrides or (), InspectConfig))
+    # The page first: a reader such as `| head` may end the command while it prints.
+    page = write_inspection(html, seen) if html is not None else None
+    print_inspection(seen, Console(highlight=False))
+    if page is not None:
+        typer.echo(f"\n{page}: the same with pictures")
+
+
 @data_app.command("verify", epilog="Example: biomedclip data verify shards/pmc")
 def data_verify(folder: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
     """Check every byte, key and count of a dataset folder; exit 2 where something is not as its manifest says."""

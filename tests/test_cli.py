@@ -33,6 +33,7 @@ DATA_OPTIONS = {
     "mesh": {"files", "--out"},
     "plan": {"source", "--out", "--set", "--only"},
     "estimate": {"plan", "--set"},
+    "inspect": {"article", "--source", "--html", "--set"},
     "verify": {"folder"},
     "compile": {"recipe", "--root", "--out", "--set", "--workers", "--names"},
     "lint": {"recipe", "--context"},

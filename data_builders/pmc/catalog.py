@@ -105,6 +105,12 @@ class LocalBucket:
         for article_id in article_ids:
             yield self._record(article_id)
 
+    def find(self, pmcid: int) -> list[ArticleRecord | Drop]:
+        """The versions of one article in order, looked up without listing the others; empty where there is none."""
+        names = {path.name for path in self.root.glob(f"PMC{pmcid}.*") if path.is_dir()}
+        names |= {path.stem for path in (self.root / "metadata").glob(f"PMC{pmcid}.*.json")}
+        return [self._record(name) for name in sorted(filter(ARTICLE_ID.fullmatch, names), key=_id_and_version)]
+
     def read(self, file: SourceFile) -> bytes:
         """The bytes of a file. Raises BadFile: `unsafe_key`, `missing_file`, `file_too_large`, `md5_mismatch`."""
         if not is_safe_key(file.key):

@@ -125,7 +125,7 @@ def inspect_source(article: str, source: str, config: InspectConfig | None = Non
         found = opened.find(pmcid)
         chosen = [item for item in found if version is None or _version_of(item) == version]
         if not chosen:
-            raise missing_article(article, source, [item.article_id or item.item for item in found])
+            raise missing_article(article, source, [_id_of(item) for item in found])
         if version is None:
             *others, record = sorted(choose_versions(chosen), key=lambda item: isinstance(item, ArticleRecord))
             notes = tuple(f"{other.article_id}: {other.reason}" for other in others if isinstance(other, Drop))
@@ -200,8 +200,12 @@ class _Remembered:
         return self._read[file.key]
 
 
+def _id_of(item: ArticleRecord | Drop) -> str:
+    return item.item if isinstance(item, Drop) else item.article_id
+
+
 def _version_of(item: ArticleRecord | Drop) -> int:
-    return parse_wanted(item.article_id or item.item)[1] or 1
+    return parse_wanted(_id_of(item))[1] or 1
 
 
 def _dropped_whole(drop: Drop) -> SeenFigure:

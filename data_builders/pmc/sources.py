@@ -67,6 +67,12 @@ class CloudBucket:
         if not count:
             raise DataError(self.client.config.endpoint, "holds no articles", todo="check the endpoint")
 
+    def find(self, pmcid: int) -> list[ArticleRecord | Drop]:
+        """The versions of one article in order, asked for by name; empty where there is none."""
+        listed = [*self.client.list_keys(f"PMC{pmcid}.", delimiter="/"), *self.client.list_keys(f"metadata/PMC{pmcid}.")]
+        names = {entry.key.removeprefix("metadata/").rstrip("/").removesuffix(".json") for entry in listed}
+        return [self._record(name) for name in sorted(filter(ARTICLE_ID.fullmatch, names), key=id_and_version)]
+
     def read(self, file: SourceFile) -> bytes:
         """The bytes of a file. Raises BadFile with the reasons of `Client.read`."""
         return self.client.read(file.key, md5=file.md5)
@@ -155,6 +161,15 @@ class OaPackages:
             yield from package.drops
             yield package.record
 
+    def find(self, pmcid: int) -> list[ArticleRecord | Drop]:
+        """The article's package, version 1 as all are; a Drop where it is broken, empty where there is none."""
+        article_id = f"PMC{pmcid}.1"
+        try:
+            position = self._position(pmcid)
+            return [self._open(pmcid, position).record] if position is not None else []
+        except BadFile as error:
+            return [_drop(article_id, error.reason, error.detail)]
+
     def read(self, file: SourceFile) -> bytes:
         """The bytes of a file. Raises BadFile with the reasons of `LocalBucket.read`, or those of its package."""
         if not is_safe_key(file.key):
@@ -194,14 +209,18 @@ class OaPackages:
         return Path(self._folders[self._places[position]]) / f"PMC{self._ids[position]}.tar.gz"
 
     def _locate(self, key: str) -> tuple[int, int]:
-        from bisect import bisect_left
-
         match = ARTICLE_ID.fullmatch(key.partition("/")[0])
         pmcid = int(match[1]) if match and match[2] == "1" else -1
-        position = bisect_left(self._ids, pmcid)
-        if position == len(self._ids) or self._ids[position] != pmcid:
+        position = self._position(pmcid)
+        if position is None:
             raise BadFile("missing_file", key)
         return pmcid, position
+
+    def _position(self, pmcid: int) -> int | None:
+        from bisect import bisect_left
+
+        position = bisect_left(self._ids, pmcid)
+        return position if position < len(self._ids) and self._ids[position] == pmcid else None
 
     def _open(self, pmcid: int, position: int) -> _Package:
         """A package, listed once and remembered for a while. Raises BadFile."""
