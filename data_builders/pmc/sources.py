@@ -69,7 +69,10 @@ class CloudBucket:
 
     def find(self, pmcid: int) -> list[ArticleRecord | Drop]:
         """The versions of one article in order, asked for by name; empty where there is none."""
-        listed = [*self.client.list_keys(f"PMC{pmcid}.", delimiter="/"), *self.client.list_keys(f"metadata/PMC{pmcid}.")]
+        listed = [
+            *self.client.list_keys(f"PMC{pmcid}.", delimiter="/"),
+            *self.client.list_keys(f"metadata/PMC{pmcid}."),
+        ]
         names = {entry.key.removeprefix("metadata/").rstrip("/").removesuffix(".json") for entry in listed}
         return [self._record(name) for name in sorted(filter(ARTICLE_ID.fullmatch, names), key=id_and_version)]
 
