@@ -71,15 +71,16 @@ class Refused(ValueError):
 
 
 class Dice:
-    """Numbers below a bound, all from a sha256 of the words it is made with."""
+    """Numbers below a bound, all from a sha256 of the words it is made with; nothing is hashed before the first throw."""
 
     def __init__(self, *words: object) -> None:
-        self._state = hashlib.sha256("\n".join(map(str, words)).encode()).digest()
-        self._value, self._room = int.from_bytes(self._state, "big"), 1 << 192
+        self._words, self._state, self._value, self._room = words, b"", 0, 0
         self._orders: dict[tuple[int, int, int], tuple[list[int], Dice]] = {}
 
     def again(self) -> Dice:
         """Dice that will fall as these would from here; what either throws later changes nothing for the other."""
+        if not self._state:
+            self._shake()
         copy = object.__new__(Dice)
         copy._state, copy._value, copy._room, copy._orders = self._state, self._value, self._room, self._orders
         return copy
@@ -87,8 +88,7 @@ class Dice:
     def below(self, bound: int) -> int:
         """An integer in 0 .. bound - 1."""
         if self._room < bound:
-            self._state = hashlib.sha256(self._state).digest()
-            self._value, self._room = int.from_bytes(self._state, "big"), 1 << 192
+            self._shake()
         self._room //= bound
         self._value, digit = divmod(self._value, bound)
         return digit
@@ -99,6 +99,8 @@ class Dice:
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """All items in another order."""
+        if not self._state:
+            self._shake()
         key = (self._value, self._room, len(items))
         if key not in self._orders:
             # The captions of an image all ask for its order of the templates: worked out once, it is a look-up.
@@ -108,6 +110,11 @@ class Dice:
         order, after = self._orders[key]
         self._state, self._value, self._room = after._state, after._value, after._room
         return [items[place] for place in order]
+
+    def _shake(self) -> None:
+        seed = self._state or "\n".join(map(str, self._words)).encode()
+        self._state = hashlib.sha256(seed).digest()
+        self._value, self._room = int.from_bytes(self._state, "big"), 1 << 192
 
 
 def prepare_speech(recipe: Recipe) -> Speech:
@@ -226,6 +233,7 @@ def compose_caption(
     return text[0].upper() + text[1:]
 
 
+@lru_cache(maxsize=4096)
 def with_article(phrase: str) -> str:
     """`a` or `an` and the phrase, by sound as far as spelling tells it."""
     first = phrase.split()[0]
@@ -271,7 +279,7 @@ def _positive(
     if entry.definition is not None:
         values["definition"] = entry.definition
     whole = recipe.paraphrases.get(entry.label, ()) if len(labels) == 1 else ()
-    template, turn = _take((*recipe.templates.single, *whole), values, k, own)
+    template, turn = _take((*recipe.templates.single, *whole) if whole else recipe.templates.single, values, k, own)
     form = _form(speech, entry.label, turn, own)
     spoken = _with_parent(speech, entry.label, form, labels, dice)
     return _fill(template, {**values, "x": spoken, "a_x": with_article(spoken) if entry.countable else spoken})
@@ -315,7 +323,9 @@ def _take(templates: tuple[str, ...], values: Mapping[str, str], k: int, own: Di
     The order is the image's own; the second number goes on by one with each template and shifts with each round, so
     that a template meets all synonyms before a caption repeats.
     """
-    usable = [t for t in templates if all(values.get(name) for name in _optional(t))]
+    usable: Sequence[str] = templates
+    if optional := _optional_names(templates):
+        usable = [t for t, names in zip(templates, optional, strict=True) if all(values.get(name) for name in names)]
     if not usable:
         raise Refused("no_template", "no template of the recipe fits what is known of the image")
     place, turn = k % len(usable), k // len(usable)
@@ -323,9 +333,10 @@ def _take(templates: tuple[str, ...], values: Mapping[str, str], k: int, own: Di
 
 
 @lru_cache(maxsize=4096)
-def _optional(template: str) -> tuple[str, ...]:
-    """Placeholders of a template that not every image or class can fill."""
-    return tuple(name for name in PLACEHOLDER.findall(template) if name not in _ALWAYS)
+def _optional_names(templates: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Placeholders of each template that not every image or class can fill; empty where no template has one."""
+    names = tuple(tuple(n for n in PLACEHOLDER.findall(template) if n not in _ALWAYS) for template in templates)
+    return names if any(names) else ()
 
 
 def _form(speech: Speech, label: str, turn: int, own: Dice) -> str:
