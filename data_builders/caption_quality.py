@@ -1,8 +1,8 @@
 """Captions that say nothing: rules on the text alone, each a `CaptionRule` with a reason of its own.
 
-The limits were set on 8,472 real captions (ROCO and the open-access XML of 86 publishers): the defaults refuse 0.1 % of
-those, all of which are dates, names or bare labels, and what they are meant for is what an index of all of PubMed
-Central brings along: `Figure 2`, `See text for details`, tables of numbers, a sentence pasted a dozen times.
+The limits were set on 8,472 real captions (ROCO and the open-access XML of 86 publishers): the defaults refuse 6 of
+those, bare labels and `X-ray 05-2013.`, and are meant for what all of PubMed Central brings along: `Figure 2`, `See
+text for details`, tables of numbers, a sentence pasted a dozen times.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CaptionConfig(Config):
     """Longer ones are whole paragraphs; only 1 caption in 1,000 has more than 430 words."""
     boilerplate: bool = True
     """Refuse captions of nothing but a label and words about the page, such as `Figure 2. See text.`"""
-    min_letter_share: float | None = Field(default=0.5, ge=0, le=1)
+    min_letter_share: float | None = Field(default=0.4, ge=0, le=1)
     """Letters of any script over all characters that are no blanks; real captions have .96 in the middle."""
     max_repeated_share: float | None = Field(default=0.5, ge=0, le=1)
     """Three-word sequences that were there before, over all; the most repetitive real caption has .47."""

@@ -29,16 +29,16 @@ _SANDBOX: dict[str, Any] = {
 _POSITION = "__row"
 _CLOCKS = {"current_time", "current_timestamp", "localtime", "localtimestamp"}
 """Words of SQL that DuckDB lists as functions under other names."""
+_UNSTABLE = "SELECT list(DISTINCT lower(function_name)) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
 
 
 def check_predicate(predicate: str, where: str = "where") -> set[str]:
     """Names of the columns that a predicate speaks of. Raises ConfigError where it is not one plain condition."""
-    connection = _connect()
     if not predicate.strip():
         raise ConfigError(where, "is empty", todo="write a condition such as width >= 224, or leave it out")
-    query = f"SELECT ({predicate}\n) AS answer"
-    (answer,) = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchone()
-    tree = json.loads(answer)
+    with _connect() as connection:
+        tree = json.loads(_answer(connection, "SELECT json_serialize_sql(?)", [f"SELECT ({predicate}\n) AS answer"]))
+        unstable = _CLOCKS | set(_answer(connection, _UNSTABLE, []))
     if tree["error"]:
         raise ConfigError(where, "is no SQL condition", found=repr(predicate), todo=str(tree["error_message"]))
     nodes = list(_walk(tree["statements"]))
@@ -47,7 +47,10 @@ def check_predicate(predicate: str, where: str = "where") -> set[str]:
                           todo="leave out SELECT and *")  # fmt: skip
     columns = {str(node["column_names"][0]) for node in nodes if node.get("class") == "COLUMN_REF"}
     functions = {str(node["function_name"]) for node in nodes if node.get("function_name")}
-    _check_stability({name.lower() for name in columns | functions}, connection, where)
+    changing = sorted(unstable & {name.lower() for name in columns | functions})
+    if changing:
+        raise ConfigError(where, "must give the same answer in every run", found=changing[0],
+                          todo="sample with hash(key) instead of random(); name dates")  # fmt: skip
     return columns
 
 
@@ -64,10 +67,11 @@ def rows_where(
     check_predicate(predicate, where)
     numbered = schema.append(pa.field(_POSITION, pa.int64()))
     stream = pa.RecordBatchReader.from_batches(numbered, _number_rows(batches, numbered))
-    connection = _connect()
     try:
         condition = duckdb.SQLExpression(predicate).cast("BOOLEAN").alias("answer")
-        answers = connection.from_arrow(stream).select(duckdb.ColumnExpression(_POSITION), condition).to_arrow_table()
+        with _connect() as connection:
+            rows = connection.from_arrow(stream).select(duckdb.ColumnExpression(_POSITION), condition)
+            answers = rows.to_arrow_table()
     except duckdb.Error as error:
         raise ConfigError(where, "cannot be asked of the rows", found=repr(predicate), todo=_one_line(error)) from None
     found = np.zeros(answers.num_rows, dtype=np.bool_)
@@ -105,14 +109,8 @@ def _walk(node: Any) -> Iterator[Mapping[str, Any]]:
             yield from _walk(child)
 
 
-def _check_stability(names: set[str], connection: Any, where: str) -> None:
-    rows = connection.execute(
-        "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
-    ).fetchall()
-    unstable = sorted(names & (_CLOCKS | {name for (name,) in rows}))
-    if unstable:
-        raise ConfigError(where, "must give the same answer in every run", found=unstable[0],
-                          todo="sample with hash(key) instead of random(); name dates")  # fmt: skip
+def _answer(connection: Any, query: str, values: list[str]) -> Any:
+    return connection.execute(query, values).fetchone()[0]
 
 
 def _one_line(error: Exception) -> str:
