@@ -71,7 +71,7 @@ class Refused(ValueError):
 
 
 class Dice:
-    """Numbers below a bound, all from a sha256 of the words it is made with; nothing is hashed before the first throw."""
+    """Numbers below a bound, all from a sha256 of the words it is made with, taken at the first throw."""
 
     def __init__(self, *words: object) -> None:
         self._words, self._state, self._value, self._room = words, b"", 0, 0
