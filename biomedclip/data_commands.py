@@ -158,15 +158,20 @@ def data_hashes(
     source: Annotated[Path, typer.Argument(help="A dataset folder, or an evaluation set in any layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The hash file: parquet, or csv by its name.")],
     layout: Annotated[
-        str | None, typer.Option("--layout", help="Layout of the set, see docs/layouts.md; none for a dataset folder.")
+        str | None, typer.Option("--layout", help="image_folder, csv, medmnist_npz, …; none for a dataset folder.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Options of the layout, as in a suite.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the set is called; by default its own name.")] = None,
 ) -> None:
     """Write the hashes of an evaluation set, by which `data select` finds its pictures in training data."""
+    from biomedclip.config import parse_yaml
     from biomedclip.layouts import read_manifest
     from data_builders.contamination import write_hashes
 
-    count = write_hashes(source if layout is None else read_manifest(layout, source), out, name=name)
+    options = {key: parse_yaml(value) for key, _, value in (given.partition("=") for given in overrides or ())}
+    count = write_hashes(source if layout is None else read_manifest(layout, source, **options), out, name=name)
     typer.echo(f"{out}: hashes of {count:,} pictures")
 
 
@@ -296,6 +301,35 @@ def data_inspect(
     print_inspection(seen, Console(highlight=False))
     if page is not None:
         typer.echo(f"\n{page}: the same with pictures")
+
+
+@data_app.command("purge", epilog="Example: biomedclip data purge shards/pmc --diff diff.parquet")
+def data_purge(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    diff: Annotated[Path | None, typer.Option("--diff", help="What `biomedclip data diff` wrote.")] = None,
+    articles: Annotated[
+        str | None, typer.Option("--articles", help="PMC ids, DOIs or keys with commas, or a file with one a line.")
+    ] = None,
+    reason: Annotated[str, typer.Option("--reason", help="Why, with --articles.")] = "retracted",
+    stated: Annotated[str | None, typer.Option("--stated", help="Since when that is known, with --articles.")] = None,
+) -> None:
+    """Take samples back without rewriting shards: retracted, removed, or no longer under an admitted licence."""
+    from biomedclip.errors import ConfigError
+    from data_builders.purge import purge, purge_by_diff, read_withdrawals
+
+    if diff is not None and articles is None:
+        facts = purge_by_diff(folder, diff)
+    elif articles is not None and diff is None:
+        facts = purge(folder, read_withdrawals(articles, reason=reason, stated=stated))
+    else:
+        raise ConfigError("data purge", "needs --diff or --articles, one of them")
+    typer.echo(f"{folder}: {facts.samples:,} samples taken back ({facts.withdrawn:,} in all, {facts.left:,} left)")
+    for why, count in facts.reasons.items():
+        typer.echo(f"  {count:>9,} {why}")
+    for text, names in (("not in this dataset", facts.absent), ("out of date, harvest them again", facts.outdated)):
+        if names:
+            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+            typer.echo(f"{text}: {', '.join(names[:10])}{more}")
 
 
 @data_app.command("verify", epilog="Example: biomedclip data verify shards/pmc")

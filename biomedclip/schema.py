@@ -240,3 +240,12 @@ LEDGER_COLUMNS: dict[str, str] = {
     "key": "string",
 }
 """Columns of `ledger.parquet`: one row for each figure or image seen; status is `kept` or `dropped`."""
+
+TOMBSTONE_COLUMNS: dict[str, str] = {
+    "key": "string",
+    "article_id": "string",
+    "reason": "string",
+    "stated": "string",
+}
+"""Columns of `tombstones.parquet`: one row for each sample taken back and reason; `stated` is the day of the source
+that said so. A key may have several reasons."""

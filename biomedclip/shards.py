@@ -9,6 +9,7 @@
     README.md                   dataset card
     SHA256SUMS                  of all of the above
     manifest.json               written last: its presence means the folder is complete
+    tombstones.parquet          perhaps, and later: samples taken back, which readers of this project pass over
 
 Shards are written with a ustar header of our own (zeroed owner, time and mode), because the bytes must depend on the
 input alone and because the offsets of the members are known while writing; `tarfile`, webdataset and `tar` read them.
@@ -31,7 +32,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from biomedclip.errors import DataError, MissingExtra
-from biomedclip.files import remove_leftovers, sha256_file, write_atomic, write_json, write_text
+from biomedclip.files import remove_leftovers, sha256_file, sha256_json, write_atomic, write_json, write_text
 from biomedclip.licences import licence_class
 from biomedclip.schema import (
     IMAGE_FORMATS,
@@ -39,6 +40,7 @@ from biomedclip.schema import (
     KEY_PATTERN,
     LEDGER_COLUMNS,
     SPLITS,
+    TOMBSTONE_COLUMNS,
     Article,
     Drop,
     Pair,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 BLOCK = 512
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+TOMBSTONES = "tombstones.parquet"
+TOMBSTONE_KEY = b"biomedclip_tombstones"
 
 IMAGE_MEMBER = "jpg"
 """Extension of every image member, whatever its encoding, which the index and the .json name. `datasets` takes the
@@ -378,7 +382,10 @@ class Sample:
 
 
 class DatasetFolder:
-    """A complete dataset folder. Raises DataError where the folder is missing, unfinished or of a newer format."""
+    """A complete dataset folder. Raises DataError where the folder is missing, unfinished or of a newer format.
+
+    Samples that `tombstones.parquet` names are not in `index`, `samples`, `splits` or the length; the shards keep them.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -395,13 +402,39 @@ class DatasetFolder:
                             todo="upgrade biomedclip or rebuild the dataset")  # fmt: skip
 
     def __len__(self) -> int:
-        return int(self.manifest["samples"])
+        return int(self.manifest["samples"]) - len(self.withdrawn)
 
     @cached_property
     def index(self) -> pa.Table:
-        """All index rows in shard order."""
+        """The index rows in shard order."""
+        if not self.withdrawn:
+            return self.stored_index
+        keys = self.stored_index["key"].to_pylist()
+        return self.stored_index.filter([key not in self.withdrawn for key in keys])
+
+    @cached_property
+    def stored_index(self) -> pa.Table:
+        """The index rows of all samples in the shards, those with a tombstone too."""
         paths = [self.folder / s["name"].replace(".tar", ".parquet") for s in self.manifest["shards"]]
         return read_tables(paths, INDEX_COLUMNS)
+
+    @cached_property
+    def tombstones(self) -> pa.Table:
+        """TOMBSTONE_COLUMNS; no rows where nothing was taken back. Raises DataError where they cannot be trusted."""
+        return read_tombstones(self.folder)
+
+    @cached_property
+    def withdrawn(self) -> frozenset[str]:
+        """Keys of the samples taken back."""
+        return frozenset(self.tombstones["key"].to_pylist())
+
+    @cached_property
+    def splits(self) -> dict[str, int]:
+        """Split -> samples; a split of which nothing is left is not there."""
+        if not self.withdrawn:
+            return dict(self.manifest["splits"])
+        counts = Counter(self.index["split"].to_pylist())
+        return {split: counts[split] for split in SPLITS if counts[split]}
 
     @cached_property
     def ledger(self) -> pa.Table:
@@ -436,6 +469,32 @@ class DatasetFolder:
         return Sample(row["key"], image, text.decode(), json.loads(side), dict(row))
 
 
+def read_tombstones(folder: Path) -> pa.Table:
+    """The tombstones of a dataset folder, TOMBSTONE_COLUMNS; no rows where it has none.
+
+    Raises DataError where the file is damaged or speaks of another dataset: passing over it would bring back what
+    somebody took care to take out.
+    """
+    _, pq = _arrow()
+    path = folder / TOMBSTONES
+    if not path.exists():
+        return arrow_schema(TOMBSTONE_COLUMNS).empty_table()
+    table = read_tables([path], TOMBSTONE_COLUMNS)
+    todo = "delete it and run `biomedclip data purge` again"
+    try:
+        promised = json.loads((pq.read_metadata(path).metadata or {})[TOMBSTONE_KEY])
+    except (KeyError, ValueError):
+        raise DataError(path, "is no table of tombstones", todo=todo) from None
+    if promised != tombstone_promise(folder, table.to_pylist()):
+        raise DataError(path, "is damaged, or of another dataset", todo=todo)
+    return table
+
+
+def tombstone_promise(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the metadata of `tombstones.parquet` say: hashes of its rows and of the manifest of its dataset."""
+    return {"manifest_sha256": sha256_file(folder / MANIFEST), "rows_sha256": sha256_json(rows)}
+
+
 _REPAIR = "the tar was changed after it was written; rebuild the dataset or fetch it again"
 
 
@@ -462,11 +521,17 @@ def verify(folder: str | Path) -> list[str]:
     ledger = dataset.manifest["ledger"]
     if ledger["seen"] != ledger["kept"] + sum(ledger["dropped"].values()):
         problems.append(f"{dataset.folder}: seen {ledger['seen']} is not kept + dropped")
-    if len(dataset.index) != ledger["kept"]:
-        problems.append(f"{dataset.folder}: the index has {len(dataset.index)} rows, the ledger kept {ledger['kept']}")
-    keys = Counter(dataset.index["key"].to_pylist())
+    rows = dataset.stored_index
+    if len(rows) != ledger["kept"]:
+        problems.append(f"{dataset.folder}: the index has {len(rows)} rows, the ledger kept {ledger['kept']}")
+    keys = Counter(rows["key"].to_pylist())
     problems += [f"{dataset.folder}: key {key} occurs {n} times" for key, n in keys.items() if n > 1]
-    for row in dataset.index.to_pylist():
+    try:
+        strangers = sorted(dataset.withdrawn - set(keys))
+        problems += [f"{dataset.folder / TOMBSTONES}: {key} is no sample of this dataset" for key in strangers]
+    except DataError as error:
+        problems.append(str(error))
+    for row in rows.to_pylist():
         try:
             dataset.read(row)
         except DataError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from biomedclip import cli
 from biomedclip.config import config_file, load_config
-from biomedclip.errors import ConfigError, DataError
+from biomedclip.errors import BiomedclipError, ConfigError, DataError
+from biomedclip.images import check_image, encode_png, store_picture
 from biomedclip.layouts.manifest import make_manifest
 from biomedclip.schema import KEY_PATTERN, Drop, ImageRef, LabelledImage, Manifest, Pair
 from biomedclip.shards import DatasetFolder, check_pair, verify
-from data_builders.build import BuildConfig, build
+from data_builders.build import BuildConfig, build, write_names
 from data_builders.labels.captions import (
     Refused,
     compose_captions,
@@ -33,6 +38,7 @@ from data_builders.labels.captions import (
 )
 from data_builders.labels.compile import compile_pairs, read_labelled_set, sample_key
 from data_builders.labels.recipe import Recipe
+from data_builders.labels.splits import assign_splits
 
 WIDER = {"pneumonia": {"opacity"}, "lobar": {"pneumonia", "opacity"}, "opacity": set(), "fracture": set()}
 NAMES = {"opacity": {"haze", "shadow"}, "pneumonia": {"lungfire"}, "lobar": {"lobefire"}, "fracture": {"bonebreak"}}
@@ -461,3 +467,163 @@ def test_open_set_counts_as_many_steps_as_rows(tmp_path: Path) -> None:
     source, steps = open_input(config), []
     items = list(source.items(lambda: steps.append(1)))
     assert len(items) == len(steps) == source.total == 732
+
+
+# Nobody's name
+
+
+def test_no_name_of_a_file_or_patient_leaves_the_compiler(tmp_path: Path) -> None:
+    names = ["jane_doe_1.png", "jane_doe_2.png", "john_roe.png", "broken_jim.png", "jill_again.png"]
+    table = "file,label,patient,split\n"
+    owners = ["Doe, Jane", "Doe, Jane", "Roe, John", "Jim Poe", "Roe, John"]
+    for number, (name, owner) in enumerate(zip(names, owners, strict=True)):
+        (tmp_path / name).write_bytes(png(number) if "jim" not in name else b"no image")
+        table += f'{name},RBC,"{owner}",{"test" if "jill" in name else "train"}\n'
+    table += "gone_jack.png,RBC,Jack,train\n"
+    (tmp_path / "rows.csv").write_text(table)
+    layout = {"type": "csv", "table": "rows.csv", "image": "file", "label": "label", "group": "patient",
+              "split": "split", "hash_group": False}  # fmt: skip
+    file = tmp_path / "cells.yaml"
+    file.write_text(json.dumps(cells(layout=layout, public_ids=False).model_dump(mode="json")))
+    config = BuildConfig.model_validate({
+        "name": "cells", "licence": "all",
+        "source": {"kind": "labels", "root": str(tmp_path), "recipe": str(file), "splits": None},
+    })  # fmt: skip
+    build(config, tmp_path / "out")
+    dataset = DatasetFolder(tmp_path / "out")
+    reasons = [row["reason"] for row in dataset.ledger.to_pylist()]
+    assert {"group_in_two_splits", "not_an_image", "missing_file"} <= set(reasons)
+    samples = list(dataset.samples())
+    said = repr((dataset.index.to_pylist(), dataset.ledger.to_pylist(), [s.json for s in samples]))
+    said += "".join(s.caption for s in samples) + (tmp_path / "out/leakage.json").read_text()
+    said += (tmp_path / "out/README.md").read_text()
+    assert not re.search(r"jane|john|jim|jill|jack|doe|roe|poe", said, re.IGNORECASE)
+    # Two images of one patient are still of one group, and who holds the images can find them again.
+    assert len({sample.row["group_id"] for sample in samples}) == 2
+    assert write_names(config, tmp_path / "names.csv") == 5
+    found = {line["key"]: line for line in csv.DictReader((tmp_path / "names.csv").read_text().splitlines())}
+    assert found[samples[0].key]["sample_id"] in names
+
+
+# Splits
+
+
+def grouped(count: int, **facts: Any) -> list[LabelledImage]:
+    return [row("opacity", sample_id=f"{n}.png", image=ImageRef(path=f"{n}.png"), group_id=f"p{n // 3}", **facts)
+            for n in range(count)]  # fmt: skip
+
+
+def test_a_set_without_splits_is_dealt_by_group_and_growth_moves_nobody(tmp_path: Path) -> None:
+    found = recipe(split={"val": 0.2, "test": 0.3, "seed": 4})
+    small = assign_splits(found, manifest(tmp_path, *grouped(300)))
+    large = assign_splits(found, manifest(tmp_path, *grouped(900)))
+    splits = {image.sample_id: image.split for image in large.rows}
+    assert all(splits[image.sample_id] == image.split for image in small.rows)
+    homes: dict[str, set[str]] = {}
+    for image in large.rows:
+        homes.setdefault(image.group_id or "", set()).add(image.split or "")
+    assert all(len(found) == 1 for found in homes.values())
+    shares = {split: sum(home == {split} for home in homes.values()) / 300 for split in ("train", "val", "test")}
+    # Three standard deviations of 300 draws.
+    assert shares == pytest.approx({"train": 0.5, "val": 0.2, "test": 0.3}, abs=0.087)
+    other = assign_splits(recipe(split={"val": 0.2, "test": 0.3, "seed": 5}), manifest(tmp_path, *grouped(900)))
+    assert {image.sample_id: image.split for image in other.rows} != splits
+
+
+@pytest.mark.parametrize(("of", "expected"), [("unsplit", 0), ("train", 1), ("all", 2)])
+def test_given_splits_are_dealt_anew_only_where_the_rule_says_so(of: str, expected: int, tmp_path: Path) -> None:
+    rows = [replace(image, split="test" if n % 2 else "train", group_id=f"g{n}") for n, image in enumerate(grouped(60))]
+    table = assign_splits(recipe(split={"val": 0.5, "of": of}), manifest(tmp_path, *rows))
+    moved = {image.split for image, before in zip(table.rows, sorted(rows, key=lambda r: r.sample_id), strict=True)
+             if before.split == "test" and image.split != "test"}  # fmt: skip
+    vals = {before.split for image, before in zip(table.rows, sorted(rows, key=lambda r: r.sample_id), strict=True)
+            if image.split == "val"}  # fmt: skip
+    assert len(vals) == expected
+    assert bool(moved) == (of == "all")
+
+
+def test_images_are_never_dealt_one_by_one_unless_asked(tmp_path: Path) -> None:
+    rows = [replace(image, group_id=None) for image in grouped(30)]
+    with pytest.raises(ConfigError, match=r"split: needs the group of each image, and 30 have none \\(found 0.png\\).*by: image"):
+        assign_splits(recipe(split={"val": 0.5}), manifest(tmp_path, *rows))
+    table = assign_splits(recipe(split={"val": 0.5, "by": "image"}), manifest(tmp_path, *rows))
+    assert {image.split for image in table.rows} == {"train", "val"}
+
+
+@pytest.mark.parametrize("split", [{"val": 0.0}, {"val": 0.6, "test": 0.5}, {"test": 1.0}])
+def test_a_split_that_holds_out_nothing_or_everything_is_refused(split: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"split"):
+        recipe(split=split)
+    with pytest.raises(ValueError, match="copies of one picture"):
+        recipe(split={"val": 0.5, "by": "image"}, groups_are_duplicates=True)
+
+
+def test_expected_counts_are_those_of_the_given_splits(tmp_path: Path) -> None:
+    expect = {"counts": {"train": {"RBC": 6, "WBC": 3}, "val": {"RBC": 2, "WBC": 1}}}
+    found = cells(expect=expect, split={"val": 0.9, "of": "train", "by": "image"})
+    table = read_labelled_set(found, cell_folder(tmp_path))
+    assert sum(image.split == "val" for image in table.rows) > 3
+
+
+# Any number of processes
+
+
+def test_processes_give_the_same_pairs_in_the_same_order(tmp_path: Path) -> None:
+    rows = [row("opacity fracture", sample_id=f"{n:03d}.png", image=ImageRef(path=f"{n:03d}.png")) for n in range(300)]
+    table = manifest(tmp_path, *rows)
+    (tmp_path / "007.png").write_bytes(b"no image")
+    alone = list(compile_pairs(recipe(), table, pixels=True))
+    assert alone == list(compile_pairs(recipe(), table, pixels=True, workers=2))
+    assert len(alone) == 300
+    assert sum(isinstance(item, Drop) for item in alone) == 1
+
+
+def test_a_stored_array_row_is_what_checking_its_bytes_gives() -> None:
+    random = np.random.default_rng(0)
+    for shape in ((28, 28), (28, 28, 3), (28, 28, 4)):
+        image = Image.fromarray(random.integers(0, 256, shape, np.uint8))
+        assert store_picture(image) == check_image(encode_png(image))
+
+
+# The commands
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code and all output of a `data` command; errors are those that the command line prints as one line."""
+    done = CliRunner().invoke(cli.app, ["data", *arguments])
+    said = f"error: {done.exception}" if isinstance(done.exception, BiomedclipError) else ""
+    return done.exit_code, done.output + said
+
+
+def test_a_folder_of_ones_own_is_linted_compiled_and_verified_from_the_command_line(tmp_path: Path) -> None:
+    folder, file, out = cell_folder(tmp_path / "cells"), tmp_path / "cells.yaml", tmp_path / "out"
+    file.write_text(json.dumps(cells(public_ids=False, balance={"mode": "uniform"}).model_dump(mode="json")))
+    assert run("lint", str(file)) == (0, f"{file}: nothing found in 2 classes of 1 recipe\n")
+    command = ("compile", str(file), "--root", str(folder), "--out", str(out))
+    assert run(*command)[1] == "error: --set: licence: is missing; add it"
+    code, said = run(*command, "--set", "licence=commercial", "--names", str(tmp_path / "names.csv"))
+    assert code == 0
+    assert f"{out}: 10 seen, 9 kept\n        1 dropped: not_an_image_file" in said
+    assert "classes    RBC 6, WBC 3\nbalanced   RBC 4, WBC 4 (uniform" in said
+    assert "leakage    compared with val (3)" in said
+    assert (tmp_path / "names.csv").read_text().count("\n") == 13
+    assert run("verify", str(out))[0] == 0
+    file.write_text(file.read_text().replace("erythrocyte", "erythrocyte [cell]"))
+    code, said = run("lint", str(file))
+    assert code == 2
+    assert "cells: classes.RBC: 'erythrocyte [cell]' holds '['" in said
+    assert (
+        "context: is no text tower (found 'gpt'); use one of clip, bert" in run("lint", "bccd", "--context", "gpt")[1]
+    )
+
+
+def test_the_table_of_recipes_lists_each_one_without_heavy_imports() -> None:
+    script = (
+        "import sys\nfrom data_builders.labels.summary import recipes_table\n"
+        "from data_builders.labels.recipe import recipe_names\nrows = recipes_table().splitlines()\n"
+        "assert [row.split()[0] for row in rows[1:len(recipe_names()) + 1]] == recipe_names()\n"
+        "print(rows[0].split(), {'torch', 'pyarrow', 'PIL', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    expected = "['name', 'modality', 'kind', 'images', 'licence', 'access', 'verified']"
+    assert done.stdout == f"{expected} set()\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 from biomedclip.errors import DataError
 from biomedclip.layouts.manifest import make_manifest
 from biomedclip.schema import SPLITS, ImageRef, LabelKind, LabelledImage, Manifest
-from biomedclip.shards import MANIFEST, DatasetFolder, Sample
+from biomedclip.shards import MANIFEST, TOMBSTONES, DatasetFolder, Sample
 
 
 def read_dataset(
@@ -53,20 +53,20 @@ def read_sample(root: str, key: str) -> Sample:
 
 
 def open_dataset(root: str) -> DatasetFolder:
-    """The dataset folder, opened once for as long as it is not built anew."""
+    """The dataset folder, opened once for as long as it is neither built anew nor purged."""
     return _open(root, _stamp(root))
 
 
-def _stamp(root: str) -> int:
-    path = Path(root) / MANIFEST
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _stamp(root: str) -> tuple[int, ...]:
+    paths = (Path(root) / MANIFEST, Path(root) / TOMBSTONES)
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 
 @lru_cache(maxsize=8)
-def _open(root: str, stamp: int) -> DatasetFolder:
+def _open(root: str, stamp: tuple[int, ...]) -> DatasetFolder:
     return DatasetFolder(root)
 
 
 @lru_cache(maxsize=8)
-def _rows(root: str, stamp: int) -> dict[str, dict[str, object]]:
+def _rows(root: str, stamp: tuple[int, ...]) -> dict[str, dict[str, object]]:
     return {row["key"]: row for row in _open(root, stamp).index.to_pylist()}

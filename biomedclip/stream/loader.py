@@ -276,7 +276,8 @@ class StreamLoader:
         """Continue after the state's batches. Raises ConfigError where the state is of another plan."""
         if state["plan_sha256"] != self.plan_sha256:
             raise ConfigError(
-                "data", "is not what the interrupted run read: sources, weights, batch size or seed differ",
+                "data",
+                "is not what the interrupted run read: sources, their tombstones, weights, batch size or seed differ",
                 todo="restore the old values or start a new run folder",
             )  # fmt: skip
         self.delivered, self.bad = int(state["delivered"]), Counter(state["bad"])

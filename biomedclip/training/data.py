@@ -45,7 +45,7 @@ class StreamData(LightningDataModule):
         sources = [
             StreamSource(name=source.name, path=source.path, split="val")
             for source in self.config.data.sources
-            if DatasetFolder(source.path).manifest["splits"].get("val")
+            if DatasetFolder(source.path).splits.get("val")
         ]
         if not sources:
             return []

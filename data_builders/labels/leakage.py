@@ -338,7 +338,7 @@ def _read_evaluation_set(path: str) -> list[Print]:
         ]  # fmt: skip
     return [
         Print(home=row["set"], name=hash_id(row["set"], row["sample"] or ""), sha256=row["sha256"],
-              pixels=row["pixels_sha256"], phash=row["phash"])
+              pixels=row["pixels_sha256"], phash=row["phash"], width=row["width"], height=row["height"])
         for row in read_hashes(path).to_pylist()
     ]  # fmt: skip
 
