@@ -303,6 +303,34 @@ def data_inspect(
         typer.echo(f"\n{page}: the same with pictures")
 
 
+@data_app.command(
+    "export", epilog="Example: biomedclip data export shards/pmc --schema hf_parquet --out exports/parquet"
+)
+def data_export(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    schema: Annotated[str, typer.Option("--schema", help="biomedica, open_clip_csv, hf_parquet or llava_jsonl.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder.")],
+    csv_separator: Annotated[
+        str, typer.Option("--csv-separator", help="Of open_clip_csv; open_clip's default is a tab.")
+    ] = "\t",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="max_samples, max_bytes of a file.")
+    ] = None,
+) -> None:
+    """Write a dataset in the format of BIOMEDICA, open_clip's csv, `datasets` or LLaVA."""
+    from biomedclip.config import check_config, read_overrides
+    from biomedclip.progress import terminal
+    from data_builders.exports.run import export
+    from data_builders.exports.samples import ExportConfig
+
+    config = read_overrides(overrides or (), ExportConfig).model_dump() | {"separator": csv_separator}
+    facts = export(folder, out, schema, check_config(config, ExportConfig, "--csv-separator"), progress=terminal)
+    splits = ", ".join(f"{split} {count:,}" for split, count in facts["splits"].items())
+    typer.echo(f"{out}: {facts['samples']:,} samples as {schema} ({splits}), {facts['withdrawn']:,} taken back before")
+    for reason, count in facts["dropped"].items():
+        typer.echo(f"  {count:>9,} dropped: {reason}")
+
+
 @data_app.command("purge", epilog="Example: biomedclip data purge shards/pmc --diff diff.parquet")
 def data_purge(
     folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
