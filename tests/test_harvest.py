@@ -26,7 +26,8 @@ from biomedclip.schema import Article, Drop, Pair
 from data_builders.locks import hold_lock
 from data_builders.pmc.catalog import LocalBucket
 from data_builders.pmc.client import Client, ClientConfig
-from data_builders.pmc.harvest import LOCK, HarvestConfig, harvest, parse_slice
+from data_builders.pmc.harvest import HarvestConfig, harvest, parse_slice
+from data_builders.pmc.harvest_folder import LOCK
 from data_builders.pmc.look_ahead import read_ahead
 from data_builders.pmc.mend import Mend, failed_articles
 from data_builders.pmc.pairs import article_pairs
@@ -173,7 +174,7 @@ def test_a_second_builder_of_the_same_folder_is_told_so(small, small_whole, tmp_
 
 
 def test_a_unit_that_a_stray_worker_holds_is_waited_for_and_then_named(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_builders.pmc.harvest._ORPHAN_S", 0.1)
+    monkeypatch.setattr("data_builders.pmc.harvest_folder._ORPHAN_S", 0.1)
     tmp_path.joinpath("raw").mkdir()
     with (
         hold_lock(tmp_path / "raw" / f"{LOCK}-unit-000001"),

@@ -14,7 +14,8 @@ from test_engines import refuse_three, square
 
 from biomedclip.errors import DataError
 from data_builders.engines import run_tasks
-from data_builders.pmc.harvest import LOCK, harvest
+from data_builders.pmc.harvest import harvest
+from data_builders.pmc.harvest_folder import LOCK
 from data_builders.pmc.plan import plan_source
 from data_builders.pmc.plan_rules import PlanConfig
 

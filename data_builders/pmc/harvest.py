@@ -10,27 +10,24 @@ folder. Failures that another day may not meet again are rows of the ledger, whi
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import biomedclip
 from biomedclip.config import check_config
 from biomedclip.errors import ConfigError, DataError
-from biomedclip.files import TEMPORARY_PREFIX, explain_full_disk, sha256_file, sha256_json, write_json
+from biomedclip.files import explain_full_disk
 from biomedclip.progress import Progress, silent
 from biomedclip.schema import Article, Drop, Pair
-from data_builders.build import NLM_NOTICE, resolve_root
+from data_builders.build import resolve_root
 from data_builders.engines import check_engine, run_tasks
-from data_builders.locks import hold_lock
 from data_builders.pmc.catalog import ArticleRecord, BadFile, LocalBucket, Source
 from data_builders.pmc.client import RETRYABLE_REASONS, Client, ClientConfig
+from data_builders.pmc.harvest_folder import claim_harvest, committed_unit, describe_harvest, hold_unit, unit_records
 from data_builders.pmc.look_ahead import read_ahead
 from data_builders.pmc.mend import Mend, failed_articles
 from data_builders.pmc.pairs import PmcRules, article_pairs
@@ -42,18 +39,12 @@ from data_builders.units import (
     UnitRecord,
     count_rows,
     delete_unit,
-    find_damage,
     read_unit,
     unit_name,
     write_unit,
 )
 
-LOCK = ".lock"
-"""In the folder: held by whoever harvests all of it, shared by those who harvest a slice. Units have one each."""
-
 _PROBED = 8
-_ORPHAN_S = 5.0
-"""A worker whose caller was killed ends within a second; its lock is waited for that long."""
 
 
 class HarvestConfig(PmcRules):
@@ -127,20 +118,21 @@ def harvest(
     _check_slice(unit_slice)
     source = source if source.startswith(("https://", "http://")) else str(resolve_root(source).resolve())
     kind_of_source(source)
-    identity = _identity(plan, config, facts)
+    rules = config.model_dump(mode="json", exclude={"client"})
+    identity = describe_harvest(plan, rules, config.side_files(), facts)
     is_sliced = unit_slice[1] > 1
     job = _Job(
         plan=plan, source=source, out=out, config=config, preset=facts.config["licence"], skips_locked=is_sliced,
         identity={key: identity[key] for key in ("config_sha256", "plan_sha256")},
     )  # fmt: skip
     numbers = range(unit_slice[0], facts.units, unit_slice[1])
-    with explain_full_disk(out), _claimed(out, identity, shared=is_sliced):
+    with explain_full_disk(out), claim_harvest(out, identity, shared=is_sliced):
         try:
             if retry_failed:
-                todo = [number for number in numbers if _failures(_records_of(out, number))]
+                todo = [number for number in numbers if _failures(unit_records(out, number))]
                 work, title = _retry_unit, "retrying units"
             else:
-                todo = [number for number in numbers if _committed(out, unit_name(number)) is None]
+                todo = [number for number in numbers if committed_unit(out, unit_name(number)) is None]
                 work, title = _build_unit, "harvesting units"
                 if todo and len(todo) == len(numbers):
                     _probe(job, todo[0])
@@ -176,60 +168,6 @@ def _check_slice(unit_slice: tuple[int, int]) -> None:
                           todo="write, for example, 0/4 to 3/4")  # fmt: skip
 
 
-def _identity(plan: Path, config: HarvestConfig, facts: PlanFacts) -> dict[str, Any]:
-    """The content of harvest.json."""
-    rules = {"licence": facts.config["licence"], **config.model_dump(mode="json", exclude={"client"})}
-    when = f" of {facts.snapshot}" if facts.snapshot else ""
-    return {
-        "format": 1,
-        "biomedclip": biomedclip.__version__,
-        "config": rules,
-        "config_sha256": sha256_json([rules, config.side_files()]),
-        "plan_sha256": sha256_file(plan),
-        "plan": facts.config,
-        "snapshot": facts.snapshot,
-        "units": facts.units,
-        "notices": [NLM_NOTICE.format(when=when)],
-    }
-
-
-@contextmanager
-def _claimed(out: Path, identity: Mapping[str, Any], *, shared: bool) -> Iterator[None]:
-    """Hold the folder, which is new or holds the same harvest. Raises ConfigError where it cannot be."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(out, "is a file", todo="name a folder")
-    if out.exists() and not (out / HARVEST).exists():
-        names = (path.name for path in out.iterdir() if not path.name.startswith((LOCK, TEMPORARY_PREFIX, HARVEST)))
-        others = sorted(names)
-        if others:
-            raise ConfigError(out, "holds other files", found=others[0], todo="name an empty or a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with hold_lock(out / LOCK, shared=shared) as is_ours:
-        if not is_ours:
-            raise ConfigError(out, "is being harvested by another process",
-                              todo="wait for it, or give each process a --unit-slice")  # fmt: skip
-        _check_identity(out, identity)
-        for path in out.glob(f"{LOCK}-*"):
-            with hold_lock(path, keep=False):  # deletes what a killed process left and nobody holds
-                pass
-        yield
-
-
-def _check_identity(out: Path, identity: Mapping[str, Any]) -> None:
-    path = out / HARVEST
-    if not path.exists():
-        write_json(path, dict(identity))
-        return
-    try:
-        stored = json.loads(path.read_bytes())
-        parts = [part for part in ("plan", "config") if stored[f"{part}_sha256"] != identity[f"{part}_sha256"]]
-    except (ValueError, TypeError, KeyError):
-        raise DataError(path, "is damaged", todo="name another folder, or delete this one to harvest anew") from None
-    if parts:
-        raise ConfigError(out, f"holds the harvest of another {parts[0]}", found=stored[f"{parts[0]}_sha256"][:8],
-                          todo="name another folder, or delete this one to harvest anew")  # fmt: skip
-
-
 def _probe(job: _Job, number: int) -> None:
     """Raise DataError where the source has none of the first articles: then it is not the plan's."""
     missing = 0
@@ -248,21 +186,21 @@ def _probe(job: _Job, number: int) -> None:
 
 
 def _write_exclusions(job: _Job) -> None:
-    with _held(job, PLAN_UNIT) as is_ours:
-        if is_ours and _committed(job.out, PLAN_UNIT) is None:
+    with hold_unit(job.out, PLAN_UNIT, or_skip=job.skips_locked) as is_ours:
+        if is_ours and committed_unit(job.out, PLAN_UNIT) is None:
             write_unit(job.out, PLAN_UNIT, read_exclusions(job.plan), identity=job.identity)
 
 
 def _build_unit(job: _Job, number: int) -> UnitRecord | None:
     """The record of one unit; None where another process builds it and the job may leave it to that one."""
     name = unit_name(number)
-    with _held(job, name) as is_ours:
+    with hold_unit(job.out, name, or_skip=job.skips_locked) as is_ours:
         if not is_ours:
             return None
-        record = _committed(job.out, name)
+        record = committed_unit(job.out, name)
         if record is not None:
             return record
-        for delta in reversed(_records_of(job.out, number)):
+        for delta in reversed(unit_records(job.out, number)):
             delete_unit(delta)  # what remains of a damaged unit, and the deltas that mended it
         with _open_source(job) as source:
             items = _read_articles(job, source, read_plan(job.plan, [number]))
@@ -271,10 +209,10 @@ def _build_unit(job: _Job, number: int) -> UnitRecord | None:
 
 def _retry_unit(job: _Job, number: int) -> UnitRecord | None:
     """The delta of one unit, or its last record where a retry changed nothing; None as in `_build_unit`."""
-    with _held(job, unit_name(number)) as is_ours:
+    with hold_unit(job.out, unit_name(number), or_skip=job.skips_locked) as is_ours:
         if not is_ours:
             return None
-        records = _records_of(job.out, number)
+        records = unit_records(job.out, number)
         failed = failed_articles(records, RETRYABLE_REASONS)
         wanted = (record for record in read_plan(job.plan, [number]) if record.article_id in failed)
         mend = Mend(failed)
@@ -286,17 +224,6 @@ def _retry_unit(job: _Job, number: int) -> UnitRecord | None:
             items = (item for part in ((first,), mended) for item in part)
             name = unit_name(number, retry=len(records))
             return write_unit(job.out, name, items, identity=job.identity, supersedes=mend.supersedes)
-
-
-@contextmanager
-def _held(job: _Job, name: str) -> Iterator[bool]:
-    """Yield whether the unit is ours; False only where the job may leave it to others. Raises ConfigError else."""
-    path = job.out / f"{LOCK}-{name}"
-    with hold_lock(path, wait_s=0.0 if job.skips_locked else _ORPHAN_S, keep=False) as is_ours:
-        if not is_ours and not job.skips_locked:
-            raise ConfigError(job.out / name, "is being built by another process",
-                              todo="wait for it, or give each process a --unit-slice")  # fmt: skip
-        yield is_ours
 
 
 def _read_articles(
@@ -326,20 +253,6 @@ def _open_source(job: _Job) -> Iterator[Source]:
 def _open_packages(root: str) -> OaPackages:
     """Kept by each process: looking for the packages of a whole mirror takes longer than reading a unit of it."""
     return OaPackages(root)
-
-
-def _committed(out: Path, name: str) -> UnitRecord | None:
-    """The record of a unit whose files are all there; a unit that lost one is as if it had never been."""
-    record = read_unit(out, name)
-    return None if record is None or find_damage(record) else record
-
-
-def _records_of(out: Path, number: int) -> list[UnitRecord]:
-    """The committed records of a unit and its deltas."""
-    records: list[UnitRecord] = []
-    while (record := read_unit(out, unit_name(number, retry=len(records)))) is not None:
-        records.append(record)
-    return records
 
 
 def _failures(records: Iterable[UnitRecord]) -> int:
