@@ -157,7 +157,7 @@ def is_built(config: BuildConfig, out: str | Path) -> bool:
 
 
 def write_names(config: BuildConfig, path: str | Path) -> int:
-    """Write key, sample id and group of every image of a labelled set as csv, and return their number.
+    """Write key, sample id and group of every image and dropped file of a labelled set as csv; returns their number.
 
     It undoes what the hashes in the dataset folder hide, and so belongs to whoever holds the images. Raises ConfigError
     for a source that has no such names.

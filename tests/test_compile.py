@@ -500,9 +500,11 @@ def test_no_name_of_a_file_or_patient_leaves_the_compiler(tmp_path: Path) -> Non
     assert not re.search(r"jane|john|jim|jill|jack|doe|roe|poe", said, re.IGNORECASE)
     # Two images of one patient are still of one group, and who holds the images can find them again.
     assert len({sample.row["group_id"] for sample in samples}) == 2
-    assert write_names(config, tmp_path / "names.csv") == 5
+    assert write_names(config, tmp_path / "names.csv") == 6
     found = {line["key"]: line for line in csv.DictReader((tmp_path / "names.csv").read_text().splitlines())}
     assert found[samples[0].key]["sample_id"] in names
+    lost = {row["item"] for row in dataset.ledger.to_pylist() if row["status"] == "dropped"}
+    assert lost <= set(found)
 
 
 # Splits
@@ -544,7 +546,9 @@ def test_given_splits_are_dealt_anew_only_where_the_rule_says_so(of: str, expect
 
 def test_images_are_never_dealt_one_by_one_unless_asked(tmp_path: Path) -> None:
     rows = [replace(image, group_id=None) for image in grouped(30)]
-    with pytest.raises(ConfigError, match=r"split: needs the group of each image, and 30 have none \\(found 0.png\\).*by: image"):
+    with pytest.raises(
+        ConfigError, match=r"needs the group of each image, and 30 have none \(found 0.png\).*by: image"
+    ):
         assign_splits(recipe(split={"val": 0.5}), manifest(tmp_path, *rows))
     table = assign_splits(recipe(split={"val": 0.5, "by": "image"}), manifest(tmp_path, *rows))
     assert {image.split for image in table.rows} == {"train", "val"}
@@ -606,7 +610,7 @@ def test_a_folder_of_ones_own_is_linted_compiled_and_verified_from_the_command_l
     assert f"{out}: 10 seen, 9 kept\n        1 dropped: not_an_image_file" in said
     assert "classes    RBC 6, WBC 3\nbalanced   RBC 4, WBC 4 (uniform" in said
     assert "leakage    compared with val (3)" in said
-    assert (tmp_path / "names.csv").read_text().count("\n") == 13
+    assert (tmp_path / "names.csv").read_text().count("\n") == 14
     assert run("verify", str(out))[0] == 0
     file.write_text(file.read_text().replace("erythrocyte", "erythrocyte [cell]"))
     code, said = run("lint", str(file))

@@ -145,7 +145,9 @@ def sample_key(recipe: str, split: str, sample_id: str) -> str:
 
 
 def key_names(recipe: Recipe, manifest: Manifest) -> Iterator[tuple[str, str, str]]:
-    """(key, sample id, group) of every row, for those who hold the data and have to find a file again."""
+    """(key, sample id, group) of every row and every file left out, for those who hold the data and look for one."""
+    for drop in manifest.drops:
+        yield _private_name(recipe, drop.item), drop.item, ""
     for row in manifest.rows:
         yield sample_key(recipe.name, split_of(row), row.sample_id), row.sample_id, row.group_id or ""
 
@@ -248,9 +250,12 @@ def _private(recipe: Recipe, drop: Drop) -> Drop:
     """A layout's drop without the names in it, unless those are public."""
     if recipe.public_ids:
         return drop
-    item = f"{recipe.name}-{hash_id(recipe.name, drop.item)}"
     detail = drop.detail if drop.reason in _SAFE_DETAILS else ""
-    return Drop(source=drop.source, item=item, reason=drop.reason, detail=detail)
+    return Drop(source=drop.source, item=_private_name(recipe, drop.item), reason=drop.reason, detail=detail)
+
+
+def _private_name(recipe: Recipe, item: str) -> str:
+    return f"{recipe.name}-{hash_id(recipe.name, item)}"
 
 
 def _check_kind(recipe: Recipe, manifest: Manifest) -> None:

@@ -49,7 +49,7 @@ def assign_splits(recipe: Recipe, manifest: Manifest) -> Manifest:
     if rule.by == "group" and (lost := [row.sample_id for row in dealt if row.group_id is None]):
         raise ConfigError(
             f"recipe {recipe.name}: split", f"needs the group of each image, and {len(lost)} have none",
-            found=lost[0] if recipe.public_ids else None,
+            found=lost[0],
             todo="give the layout a group (patient, slide, field), or by: image where each image is of another patient",
         )  # fmt: skip
     rows = tuple(
