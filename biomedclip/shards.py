@@ -433,7 +433,10 @@ class DatasetFolder:
         """Split -> samples; a split of which nothing is left is not there."""
         if not self.withdrawn:
             return dict(self.manifest["splits"])
-        counts = Counter(self.index["split"].to_pylist())
+        counts: Counter[str] = Counter()
+        for shard in self.manifest["shards"]:
+            keys = read_tables([self.folder / shard["name"].replace(".tar", ".parquet")], {"key": "string"})["key"]
+            counts[shard["split"]] += shard["samples"] - len(self.withdrawn.intersection(keys.to_pylist()))
         return {split: counts[split] for split in SPLITS if counts[split]}
 
     @cached_property
