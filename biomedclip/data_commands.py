@@ -272,6 +272,19 @@ def data_recipes() -> None:
     typer.echo(recipes_table())
 
 
+@data_app.command("report", epilog="Example: biomedclip data report shards/pmc --out report.html")
+def data_report(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder, or a folder of units.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page: one HTML file.")],
+    seed: Annotated[int, typer.Option("--seed", help="Another one shows other samples.")] = 0,
+) -> None:
+    """Write what a dataset holds as one page: funnel, licences, modalities, sizes, captions, random samples."""
+    from data_builders.data_report import write_data_report
+
+    survey = write_data_report(folder, out, seed=seed)
+    typer.echo(f"{out}: {survey.kept:,} samples out of {survey.seen:,} seen, of {survey.articles_kept:,} articles")
+
+
 @data_app.command(
     "inspect", epilog="Example: biomedclip data inspect PMC999000007 --source sample://pmc --html it.html"
 )

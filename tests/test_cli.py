@@ -35,6 +35,7 @@ DATA_OPTIONS = {
     "mesh": {"files", "--out"},
     "plan": {"source", "--out", "--set", "--only"},
     "estimate": {"plan", "--set"},
+    "report": {"folder", "--out", "--seed"},
     "inspect": {"article", "--source", "--html", "--set"},
     "verify": {"folder"},
     "compile": {"recipe", "--root", "--out", "--set", "--workers", "--names"},

@@ -71,11 +71,15 @@ def describe_sample(
 ) -> SampleFigure:
     """The SampleFigure of an index row."""
     sample = dataset.read(row)
-    article = articles.get(row["article_id"] or "", {})
+    return describe_article(row, sample.image, sample.caption, articles.get(row["article_id"] or "", {}))
+
+
+def describe_article(row: Mapping[str, Any], image: bytes, caption: str, article: Mapping[str, Any]) -> SampleFigure:
+    """The SampleFigure of a picture, from its row and the facts of its article, {} where it has none."""
     link, text = article_link(article)
     authors = list(article.get("authors") or [])
     return SampleFigure(
-        key=sample.key, image=sample.image, caption=sample.caption, source=row["source"], licence=row["licence"],
+        key=row["key"], image=image, caption=caption, source=row["source"], licence=row["licence"],
         split=row["split"], title=article.get("title") or "", link=link, link_text=text,
         authors=(authors[0] + (" et al." if len(authors) > 1 else "")) if authors else "",
         year=str(article.get("published") or "")[:4],

@@ -169,7 +169,7 @@ def _figure_section(figure: SeenFigure) -> str:
     if mentions:
         mentions = f"<details><summary>Mentions</summary><ul>{mentions}</ul></details>"
     return (
-        f'<section class="seen"><h2>{to_text(figure.label or figure.item)} '
+        f'<section class="looked-at"><h2>{to_text(figure.label or figure.item)} '
         f'<span class="state {figure.status}">{to_text(state)}</span></h2>'
         f'<div class="pair"><div>{_picture(figure)}</div>'
         f"<div><p>{to_text(figure.caption or '')}</p>{_terms(iter(rows))}{mentions}</div></div></section>"
