@@ -37,7 +37,7 @@ from data_builders.labels.captions import (
     with_article,
 )
 from data_builders.labels.compile import compile_pairs, read_labelled_set, sample_key
-from data_builders.labels.recipe import Recipe
+from data_builders.labels.recipe import Recipe, load_recipe
 from data_builders.labels.splits import assign_splits
 
 WIDER = {"pneumonia": {"opacity"}, "lobar": {"pneumonia", "opacity"}, "opacity": set(), "fracture": set()}
@@ -631,3 +631,16 @@ def test_the_table_of_recipes_lists_each_one_without_heavy_imports() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     expected = "['name', 'modality', 'kind', 'images', 'licence', 'access', 'verified']"
     assert done.stdout == f"{expected} set()\n"
+
+
+def test_masks_beside_the_images_of_busi_are_ledger_rows_and_never_samples(tmp_path: Path) -> None:
+    found = load_recipe("busi").model_copy(update={"expect": None})
+    for number, label in enumerate(("benign", "malignant", "normal")):
+        folder = tmp_path / "Dataset_BUSI_with_GT" / label
+        folder.mkdir(parents=True)
+        (folder / f"{label} (1).png").write_bytes(png(number * 50))
+        for mask in ("_mask", "_mask_1"):
+            (folder / f"{label} (1){mask}.png").write_bytes(png(255))
+    items = list(compile_pairs(found, read_labelled_set(found, tmp_path)))
+    assert sorted(item.labels[0] for item in items if isinstance(item, Pair)) == ["benign", "malignant", "normal"]
+    assert [item.reason for item in items if isinstance(item, Drop)] == ["excluded"] * 6
