@@ -45,8 +45,8 @@ import webdataset as wds
 samples = wds.WebDataset("train/000000.tar", shardshuffle=False).decode("pil")
 ```
 
-Members are `<key>.jpg`, `<key>.txt` and `<key>.json`, and the JSON has BIOMEDICA's 25 keys. `datasets` cannot read these
-tars, because `image_context` has other keys in each sample: export with `--schema hf_parquet` for it.
+Members are `<key>.jpg`, `<key>.txt` and `<key>.json`, and the JSON has BIOMEDICA's 25 keys. `datasets` cannot read
+these tars, because `image_context` has other keys in each sample: export with `--schema hf_parquet` for it.
 
 | key | holds here |
 |---|---|
