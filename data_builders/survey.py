@@ -33,7 +33,6 @@ TOKENS = (0, 16, 32, 48, 64, 76, 96, 128, 192, 255, 512)
 """CLIP's tokens; a context of 77 holds 75 beside the two marks, one of 256 holds 254."""
 WORDS = (0, 5, 10, 20, 40, 60, 80, 120, 160, 240, 320)
 
-TOMBSTONES = "tombstones.parquet"
 MOST_CAPTIONS = 200_000
 """A dataset's captions are in its tars: of more than these, a sample by hash is counted in words."""
 
@@ -79,7 +78,9 @@ class Survey:
     units: list[tuple[str, int, Counter[str]]] = field(default_factory=list)
     """Unit with its deltas, pairs kept, rows dropped by reason."""
     tombstones: Counter[str] = field(default_factory=Counter)
-    withdrawn: int = 0
+    """Reason -> tombstones."""
+    withdrawn: frozenset[str] = frozenset()
+    """Keys of the samples taken back."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     chosen: list[Chosen] = field(default_factory=list)
 
@@ -94,8 +95,7 @@ def survey_folder(folder: str | Path, *, samples: int = 24, seed: int = 0) -> Su
         survey, paths, articles = _open_dataset(DatasetFolder(folder))
     else:
         survey, paths, articles = _open_units(folder)
-    withdrawn = _read_tombstones(folder / TOMBSTONES, survey)
-    _count_rows(survey, paths, samples, seed, withdrawn)
+    _count_rows(survey, paths, samples, seed)
     _count_articles(survey, articles)
     return survey
 
@@ -106,7 +106,8 @@ def _open_dataset(dataset: DatasetFolder) -> tuple[Survey, list[Path], list[Path
     ledger = dataset.manifest["ledger"]
     survey = Survey(
         name=dataset.manifest["name"], kind="dataset", seen=ledger["seen"], kept=ledger["kept"],
-        dropped=ledger["dropped"], provenance=dataset.manifest["provenance"],
+        dropped=ledger["dropped"], provenance=dataset.manifest["provenance"], withdrawn=dataset.withdrawn,
+        tombstones=Counter(dataset.tombstones["reason"].to_pylist()),
     )  # fmt: skip
     _check_sum(survey, dataset.folder)
     path = dataset.folder / "ledger.parquet"
@@ -144,19 +145,7 @@ def _check_sum(survey: Survey, folder: Path) -> None:
         raise DataError(folder, "its ledger does not add up", found=found, todo="build it again")
 
 
-def _read_tombstones(path: Path, survey: Survey) -> frozenset[str]:
-    import pyarrow.parquet as pq
-
-    if not path.exists():
-        return frozenset()
-    table = pq.read_table(path, columns=["key", "reason"])
-    survey.tombstones.update(table["reason"].to_pylist())
-    keys = frozenset(table["key"].to_pylist())
-    survey.withdrawn = len(keys)
-    return keys
-
-
-def _count_rows(survey: Survey, paths: list[Path], samples: int, seed: int, withdrawn: frozenset[str]) -> None:
+def _count_rows(survey: Survey, paths: list[Path], samples: int, seed: int) -> None:
     edges = {"shorter_side": SHORTER_SIDE_PX, "aspect": ASPECTS, "tokens": TOKENS, "words": WORDS}
     survey.histograms = {name: np.zeros(len(bins), dtype=np.int64) for name, bins in edges.items()}
     survey.counts = {column: Counter() for column in (*_COUNTED, *_COUNTED_LISTS)}
@@ -172,7 +161,7 @@ def _count_rows(survey: Survey, paths: list[Path], samples: int, seed: int, with
         if "dup_cluster" in batch.schema.names:
             clusters.append(batch.column("dup_cluster").drop_null().to_numpy(zero_copy_only=False))
         ranks = [(_rank(seed, key), key, str(path)) for key in batch.column("key").to_pylist()]
-        best = heapq.nsmallest(samples, [*best, *(entry for entry in ranks if entry[1] not in withdrawn)])
+        best = heapq.nsmallest(samples, [*best, *(entry for entry in ranks if entry[1] not in survey.withdrawn)])
         words = _count_words(batch, path, [rank for rank, _, _ in ranks], keep_words)
         survey.histograms["words"] += _bin(words, WORDS)
         survey.words_counted += len(words)

@@ -22,6 +22,7 @@ from biomedclip.page.bars import draw_bars, draw_drops, draw_histogram, write_sh
 from biomedclip.schema import Article, Drop, Pair
 from biomedclip.shards import DatasetFolder, DatasetWriter
 from data_builders.data_report import write_data_report
+from data_builders.purge import Withdrawal, purge
 from data_builders.survey import SHORTER_SIDE_PX, TOKENS, WORDS, survey_folder
 from data_builders.units import write_unit
 
@@ -156,11 +157,11 @@ def test_clusters_contamination_and_tombstones_are_shown_where_they_are_recorded
     place = table.schema.get_field_index("dup_cluster")
     pq.write_table(table.set_column(place, "dup_cluster", clusters), path)
     keys = [row["key"] for row in DatasetFolder(folder).index.to_pylist()]
-    rows = [{"key": key, "article_id": "PMC1.1", "reason": "retracted", "stated": "2026-10-01"} for key in keys[:20]]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "tombstones.parquet")
+    purge(folder, [Withdrawal(what=key, reason="retracted") for key in keys[:20]])
     survey = survey_folder(folder)
     assert survey.cluster_sizes == {3: 1, 2: 1}
-    assert (survey.withdrawn, survey.tombstones) == (20, {"retracted": 20})
+    assert (survey.withdrawn, survey.tombstones) == (set(keys[:20]), {"retracted": 20})
+    assert survey.kept == 26
     assert not {chosen.key for chosen in survey.chosen} & set(keys[:20])
     assert len(survey.chosen) == 6
     write_data_report(folder, tmp_path / "d.html")

@@ -29,6 +29,7 @@ from data_builders.pmc.inspection import InspectConfig, Inspection, inspect_sour
 from data_builders.pmc.inspection_folders import inspect_article
 from data_builders.pmc.inspection_views import count_line, print_inspection, printable, write_inspection
 from data_builders.pmc.pairs import article_pairs
+from data_builders.purge import Withdrawal, purge
 from data_builders.units import write_unit
 
 SAMPLE = Path(str(resources.files("data_builders"))) / "sample" / "pmc"
@@ -238,6 +239,10 @@ def test_a_dataset_folder_and_a_folder_of_units_show_what_they_keep(tmp_path):
         assert "admitted by commercial-derivatives" in shown(seen)
     with pytest.raises(DataError, match="holds no article PMC5"):
         inspect_article("PMC5", str(tmp_path / "shards"))
+    purge(tmp_path / "shards", [Withdrawal(what="PMC999000007", reason="retracted", stated="2026-10-01")])
+    taken = inspect_article("PMC999000007.2", str(tmp_path / "shards"))
+    assert "pmc-999000007-v2-fig1-p0 was taken back: retracted, stated 2026-10-01" in taken.notes
+    assert len(inspect_article("PMC999000012", str(tmp_path / "shards")).notes) == 1
     old = inspect_article("PMC999000007.1", str(tmp_path / "shards"))
     assert [figure.reason for figure in old.figures] == ["superseded_version"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ def _inspect_dataset(article: str, dataset: DatasetFolder) -> Inspection:
     kept = [_Kept(_pair_of_sample(s.row, s.image, s.caption, s.json), "parent" in s.json) for s in samples]
     ledger = _rows_of([dataset.folder / "ledger.parquet"], article, LEDGER_COLUMNS)
     articles = _rows_of([dataset.folder / "articles.parquet"], article, ARTICLE_COLUMNS)
-    return _assemble(article, str(dataset.folder), articles, ledger, kept)
+    seen = _assemble(article, str(dataset.folder), articles, ledger, kept)
+    keys = {figure.key for figure in seen.figures} & dataset.withdrawn
+    graves = [row for row in dataset.tombstones.to_pylist() if row["key"] in keys] if keys else []
+    taken = tuple(f"{row['key']} was taken back: {row['reason']}, stated {row['stated']}" for row in graves)
+    return replace(seen, notes=(*seen.notes, *taken))
 
 
 def _inspect_units(article: str, folder: Path) -> Inspection:
