@@ -3,7 +3,7 @@
 All decisions between harvesting and packing are made here, over columns and before a byte of an image is moved: what
 the config excludes, filters, looks up in hash files of evaluation sets and compares for duplicates over all sources at
 once. Every pair seen is one row, selected or with exactly one of REASONS: the first that applies, in their order. Rows
-pass by unit by unit; only the columns that duplicates are found by are held in memory, about 150 bytes a pair.
+pass by unit by unit; only the columns that duplicates are found by are held in memory.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def select(
     rows = _Rows(sum(record.kept for _, record in units))
     if config.where is not None:
         rows.refuse("where", ~_ask_where(config.where, units, progress))
-    narrow = _judge_units(rows, units, config, progress)
+    left = _Left(_judge_units(rows, units, config, progress))
     if config.against:
-        _match(rows, narrow, config)
-    rows.refuse("duplicate_key", _repeated_keys(narrow, rows.left()))
-    _find_duplicates(rows, narrow, config.dedup)
+        _match(rows, left.of(rows), config)
+    _find_repeated_keys(rows, left.of(rows))
+    _find_duplicates(rows, left.of(rows), config.dedup)
     selection = _describe(out, sources, config, rows)
     with explain_full_disk(out):
         remove_leftovers(out.parent, of=out.name)
@@ -98,9 +98,24 @@ class _Rows:
         code, codes = REASONS.index(reason) + 1, self.codes[at]
         codes[mask & ((codes == 0) | (codes > code))] = code
 
-    def left(self) -> np.ndarray:
-        """Positions of the rows that no rule has refused."""
-        return np.flatnonzero(self.codes == 0)
+    def refuse_at(self, reason: str, places: np.ndarray) -> None:
+        """Give rows that have none a reason."""
+        self.codes[places] = REASONS.index(reason) + 1
+
+
+class _Left:
+    """The rows that no rule has refused so far: the columns that sets of rows are judged by, and their positions."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.places = np.arange(table.num_rows)
+
+    def of(self, rows: _Rows) -> _Left:
+        """Itself, without the rows that have been refused meanwhile."""
+        stays = rows.codes[self.places] == 0
+        if not stays.all():
+            self.table, self.places = self.table.filter(stays), self.places[stays]
+        return self
 
 
 Units = Sequence[tuple[int, UnitRecord]]
@@ -236,16 +251,15 @@ def _splits(pairs: pa.Table, by_time: TimeSplit | None) -> tuple[np.ndarray, np.
     return np.where(of_article, split, own).astype(np.int8), undated
 
 
-def _match(rows: _Rows, narrow: pa.Table, config: SelectConfig) -> None:
+def _match(rows: _Rows, left: _Left, config: SelectConfig) -> None:
     """Look the rows that are left up in the hash files."""
-    left = rows.left()
-    table = contamination(narrow.take(left), config.against, max_distance=config.against_distance)
+    table = contamination(left.table, config.against, max_distance=config.against_distance)
     pairs: Counter[str] = Counter()
     samples: dict[str, set[str]] = {}
     kinds: dict[str, Counter[str]] = {}
     for found in table.to_pylist():
         matches = list(zip(found["sets"], found["samples"], found["reasons"], strict=True))
-        rows.matches[int(left[found["row"]])] = [f"{name}: {sample} ({kind})" for name, sample, kind in matches]
+        rows.matches[int(left.places[found["row"]])] = [f"{name}: {sample} ({kind})" for name, sample, kind in matches]
         pairs.update({name for name, _, _ in matches})
         for name, sample, kind in matches:
             samples.setdefault(name, set()).add(sample)
@@ -255,31 +269,24 @@ def _match(rows: _Rows, narrow: pa.Table, config: SelectConfig) -> None:
         for name in sorted(pairs)
     }
     if config.contaminated == "drop":
-        mask = np.zeros(len(rows.codes), dtype=np.bool_)
-        mask[list(rows.matches)] = True
-        rows.refuse("contaminated", mask)
+        rows.refuse_at("contaminated", np.array(list(rows.matches), dtype=np.int64))
 
 
-def _repeated_keys(narrow: pa.Table, left: np.ndarray) -> np.ndarray:
-    """The rows among those left whose key an earlier one of them has: the same figure in two folders."""
-    mask = np.zeros(narrow.num_rows, dtype=np.bool_)
-    codes = narrow["key"].take(left).combine_chunks().dictionary_encode().indices.to_numpy()
-    mask[left] = True
-    mask[left[np.unique(codes, return_index=True)[1]]] = False
-    return mask
+def _find_repeated_keys(rows: _Rows, left: _Left) -> None:
+    """Refuse rows whose key an earlier one has: the same figure in two folders."""
+    codes = left.table["key"].combine_chunks().dictionary_encode().indices.to_numpy()
+    rows.refuse_at("duplicate_key", np.delete(left.places, np.unique(codes, return_index=True)[1]))
 
 
-def _find_duplicates(rows: _Rows, narrow: pa.Table, config: DedupConfig) -> None:
+def _find_duplicates(rows: _Rows, left: _Left, config: DedupConfig) -> None:
     import pyarrow.compute as pc
 
-    left = rows.left()
-    found = find_duplicates([narrow.take(left)], config)
-    rows.in_cluster[left] = found["cluster"].is_valid().to_numpy()
-    rows.cluster[left] = found["cluster"].fill_null(0).to_numpy()
+    found = find_duplicates([left.table], config)
+    rows.in_cluster[left.places] = found["cluster"].is_valid().to_numpy()
+    rows.cluster[left.places] = found["cluster"].fill_null(0).to_numpy()
     for reason in DUPLICATE_REASONS:
-        mask = np.zeros(len(rows.codes), dtype=np.bool_)
-        mask[left] = pc.equal(found["reason"], reason).fill_null(False).to_numpy()
-        rows.refuse(reason, mask)
+        mask = pc.equal(found["reason"], reason).fill_null(False).to_numpy()
+        rows.refuse_at(reason, left.places[mask])
 
 
 def _describe(
@@ -291,7 +298,7 @@ def _describe(
     dumped = config.model_dump(mode="json")
     identity = {"config": dumped, "raws": [raw.sha256 for raw in raws], "files": list(hashes.values())}
     counts = np.bincount(rows.codes, minlength=len(REASONS) + 1).tolist()
-    splits = np.bincount(rows.split[rows.left()], minlength=len(SPLITS)).tolist()
+    splits = np.bincount(rows.split[rows.codes == 0], minlength=len(SPLITS)).tolist()
     return Selection(
         biomedclip=biomedclip.__version__,
         config=dumped,

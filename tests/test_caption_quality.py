@@ -7,6 +7,7 @@ from importlib import resources
 
 import pytest
 
+from data_builders import caption_quality
 from data_builders.caption_quality import (
     CaptionConfig,
     make_caption_rules,
@@ -87,6 +88,17 @@ def test_the_short_cut_changes_nothing(share: float) -> None:
     for _ in range(300):
         caption = " ".join(chance.choices("abcdefgh"[: chance.randint(1, 8)], k=chance.randint(1, 60)))
         assert max_repeated_share(share).refuses(caption) == brute_force(caption, share), caption
+
+
+def test_ascii_is_only_a_faster_way() -> None:
+    import random
+
+    chance = random.Random(1)
+    for _ in range(300):
+        caption = "".join(chance.choices([chr(code) for code in range(128)], k=chance.randint(0, 40)))
+        assert caption_quality._words(caption) == caption_quality._WORDS.findall(caption.lower())
+        letters = caption.translate(caption_quality._ASCII_LETTERS)
+        assert letters == caption_quality._NO_LETTERS.sub("", caption)
 
 
 def bundled_captions() -> Iterator[str]:
