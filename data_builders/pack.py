@@ -216,13 +216,12 @@ def _write_shard(out: Path, folders: Sequence[Path], shard: ShardRows) -> dict[s
     with pq.ParquetFile(out / WORK / _ROWS) as file:
         rows = file.read_row_group(shard.number).to_pylist()
     writer = ShardWriter(out, shard.number, SPLITS[shard.group])
-    try:
+    with ExitStack() as unless_whole:
+        unless_whole.callback(writer.abandon)
         for row in rows:
             pair = pair_of_row(row, read_image(folders[row["raw"]], row))
             writer.add(pair, dup_cluster=row["dup_cluster"], caption_tokens=row["caption_tokens"])
-    except BaseException:
-        writer.abandon()
-        raise
+        unless_whole.pop_all()
     record = writer.close()
     write_json(mark, record)
     return record
