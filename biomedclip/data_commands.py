@@ -373,6 +373,28 @@ def data_purge(
             typer.echo(f"{text}: {', '.join(names[:10])}{more}")
 
 
+@data_app.command("repair", epilog="Example: biomedclip data repair shards/pmc --selection selection.parquet")
+def data_repair(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder or a folder of units.")],
+    selection: Annotated[
+        Path | None, typer.Option("--selection", help="What the dataset was packed from: needed for shards and tables.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Shards at a time.")] = 1,
+) -> None:
+    """Make missing or changed files again, byte for byte; exit 2 where something is left, with what to run."""
+    from biomedclip.progress import terminal
+    from data_builders.repair import repair
+
+    found = repair(folder, selection=selection, workers=workers, progress=terminal)
+    for name in found.repaired:
+        typer.echo(f"{folder / name}: repaired")
+    if found.left:
+        typer.echo("\n".join(found.left))
+        raise typer.Exit(2)
+    if not found.damaged:
+        typer.echo(f"{folder}: nothing is damaged")
+
+
 @data_app.command("verify", epilog="Example: biomedclip data verify shards/pmc")
 def data_verify(folder: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
     """Check every byte, key and count of a dataset folder; exit 2 where something is not as its manifest says."""

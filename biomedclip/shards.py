@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
 FORMAT_VERSION = 1
 TOMBSTONES = "tombstones.parquet"
 TOMBSTONE_KEY = b"biomedclip_tombstones"
@@ -204,8 +205,13 @@ def _write_sums(folder: Path, shards: Sequence[Mapping[str, Any]], reports: Sequ
     for name in (*others, *reports, "articles.parquet", "ledger.parquet", "sizes.json", "README.md"):
         sums[name] = sha256_file(folder / name)
     sums = dict(sorted(sums.items()))
-    write_text(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    write_text(folder / SUMS, sums_text(sums))
     return sums
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS, as `sha256sum --check` reads it, from name -> hash."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
 def check_pair(pair: Pair) -> None:
@@ -519,6 +525,9 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{path}: is missing")
         elif sha256_file(path) != digest:
             problems.append(f"{path}: has other bytes than SHA256SUMS says")
+    sums = dataset.folder / SUMS
+    if not sums.exists() or sums.read_bytes() != sums_text(dataset.manifest["files"]).encode():
+        problems.append(f"{sums}: is missing or does not agree with {MANIFEST}")
     if problems:
         return problems
     ledger = dataset.manifest["ledger"]

@@ -32,6 +32,7 @@ DATA_OPTIONS = {
     "purge": {"folder", "--diff", "--articles", "--reason", "--stated"},
     "diff": {"old", "new", "--out"},
     "export": {"folder", "--schema", "--out", "--csv-separator", "--set"},
+    "repair": {"folder", "--selection", "--workers"},
     "mesh": {"files", "--out"},
     "plan": {"source", "--out", "--set", "--only"},
     "estimate": {"plan", "--set"},
