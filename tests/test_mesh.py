@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from biomedclip.errors import DataError
-from data_builders.pmc import mesh
-from data_builders.pmc.mesh import Mesh, read_mesh, write_mesh
+from data_builders.pmc import mesh, mesh_terms
+from data_builders.pmc.mesh import write_mesh
+from data_builders.pmc.mesh_terms import Mesh, read_mesh_terms
 
 HEAD = (
     '<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE PubmedArticleSet PUBLIC "-//NLM//DTD PubMedArticle, 1st January '
@@ -56,13 +57,13 @@ def test_terms_and_major_topics_are_read_in_order(tmp_path):
         "<PubmedBookArticle><BookDocument><PMID>77</PMID></BookDocument></PubmedBookArticle>",
     )
     facts = write_mesh([path], tmp_path / "mesh.parquet")
-    table = read_mesh(tmp_path / "mesh.parquet")
+    table = read_mesh_terms(tmp_path / "mesh.parquet")
     cancer, ct = "Carcinoma, Hepatocellular", "Tomography, X-Ray Computed"
     assert table[20] == Mesh(("Humans", cancer, ct), (cancer, ct))
     assert table[10] == Mesh((), ())
     assert [pmid in table for pmid in (10, 20, 77, 999, 15, 21, 1)] == [True, True, *[False] * 5]
     assert table.get(None) is None
-    assert (len(table), facts.citations, facts.articles, table.facts) == (2, 2, 2, facts)
+    assert (len(table), facts.citations, facts.articles) == (2, 2, 2)
     with pytest.raises(KeyError):
         table[77]
 
@@ -72,7 +73,7 @@ def test_a_pmid_missing_from_an_answer_shifts_nobody(tmp_path):
     asked = [111, 222, 333, 444]
     answer = write(tmp_path / "a.xml", *(citation(p, f"Term {p}") for p in asked if p != 222))
     write_mesh([answer], tmp_path / "mesh.parquet")
-    table = read_mesh(tmp_path / "mesh.parquet")
+    table = read_mesh_terms(tmp_path / "mesh.parquet")
     found = {pmid: table.get(pmid) for pmid in asked}
     assert {pmid: terms and terms.terms for pmid, terms in found.items()} == {
         111: ("Term 111",), 222: None, 333: ("Term 333",), 444: ("Term 444",)
@@ -85,26 +86,26 @@ def test_later_files_win_and_deleted_citations_are_gone(tmp_path):
     second = write(tmp_path / "2.xml.gz", citation(1, "New", "Newer"), deleted)
     third = write(tmp_path / "3.xml", citation(3, "Back"))
     facts = write_mesh([first, second, third], tmp_path / "mesh.parquet")
-    table = read_mesh(tmp_path / "mesh.parquet")
+    table = read_mesh_terms(tmp_path / "mesh.parquet")
     assert {p: (t := table.get(p)) and t.terms for p in (1, 2, 3)} == {1: ("New", "Newer"), 2: None, 3: ("Back",)}
     assert (facts.files, facts.citations, facts.deleted, facts.articles) == (3, 5, 2, 2)
     write_mesh([second, first], tmp_path / "reversed.parquet")
-    assert read_mesh(tmp_path / "reversed.parquet")[1].terms == ("Old",)
+    assert read_mesh_terms(tmp_path / "reversed.parquet")[1].terms == ("Old",)
 
 
 def test_the_highest_version_of_one_file_wins_and_a_citation_without_pmid_is_counted(tmp_path):
     path = write(tmp_path / "a.xml", citation(1, "Two", version=2), citation(1, "One"), citation("x", "Lost"))
     facts = write_mesh([path], tmp_path / "mesh.parquet")
-    assert read_mesh(tmp_path / "mesh.parquet")[1].terms == ("Two",)
+    assert read_mesh_terms(tmp_path / "mesh.parquet")[1].terms == ("Two",)
     assert (facts.without_pmid, facts.citations, facts.articles) == (1, 3, 1)
 
 
 def test_every_pmid_is_found_across_row_groups_and_in_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(mesh, "_GROUP_ROWS", 7)
-    monkeypatch.setattr(mesh, "_CACHED_GROUPS", 2)
+    monkeypatch.setattr(mesh_terms, "CACHED_ROWS", 15)
     pmids = [n * 3 for n in range(100, 0, -1)]
     write_mesh([write(tmp_path / "a.xml", *(citation(p, f"T{p}") for p in pmids))], tmp_path / "mesh.parquet")
-    table = pickle.loads(pickle.dumps(read_mesh(tmp_path / "mesh.parquet")))
+    table = pickle.loads(pickle.dumps(read_mesh_terms(tmp_path / "mesh.parquet")))
     assert [p for p in range(1, 310) if p in table] == sorted(pmids)
     assert all(table[p].terms == (f"T{p}",) for p in pmids)
 
@@ -175,10 +176,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
 def test_a_missing_table_and_a_stranger_are_refused(tmp_path):
     with pytest.raises(DataError, match="there is no such file"):
-        read_mesh(tmp_path / "no.parquet")
+        read_mesh_terms(tmp_path / "no.parquet")
     (tmp_path / "x.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match="is no table of MeSH terms"):
-        read_mesh(tmp_path / "x.parquet")
+        read_mesh_terms(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="there is no such file"):
         write_mesh([tmp_path / "no.xml"], tmp_path / "mesh.parquet")
     with pytest.raises(DataError, match="no file is named"):

@@ -1,4 +1,4 @@
-"""PubMed's citations in, a table of MeSH terms by PMID out, and the look-up that joins them to articles.
+"""PubMed's citations in, a table of MeSH terms by PMID out, which `mesh_terms` joins to articles.
 
 Reads baseline and update files or efetch answers (`.xml` or `.xml.gz`, `PubmedArticleSet`) one citation at a time and
 writes one parquet sorted by PMID. Later files win, a `DeleteCitation` removes. Terms meet articles by their PMID and
@@ -15,8 +15,6 @@ import json
 import re
 import tempfile
 import zlib
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +35,6 @@ MAX_BARREN_BYTES = 64 * 2**20
 _MESH_KEY = b"biomedclip_mesh"
 _BATCH_ROWS = 20_000
 _GROUP_ROWS = 5_000
-_CACHED_GROUPS = 32
 _ENCODING = re.compile(rb"<\?xml\b[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)")
 _READABLE = (b"utf-8", b"us-ascii", b"ascii", b"iso-8859-1")
 _AGAIN = "download the file again; no table was written"
@@ -64,14 +61,6 @@ class MeshFacts:
     """Rows: PMIDs that are left."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mesh:
-    """The MeSH descriptors of one article, in PubMed's order, and those that are its major topics."""
-
-    terms: tuple[str, ...]
-    major: tuple[str, ...]
-
-
 def write_mesh(paths: Sequence[str | Path], out: str | Path, *, progress: Progress = silent) -> MeshFacts:
     """The facts of the table written to `out`: pmid, mesh, major; an article without terms is a row with none.
 
@@ -87,71 +76,6 @@ def write_mesh(paths: Sequence[str | Path], out: str | Path, *, progress: Progre
         with progress("reading PubMed", len(paths)) as advance:
             _spool(paths, spool, counts, advance)
         return _write_latest(spool, out, {"files": len(paths), **counts})
-
-
-def read_mesh(path: str | Path) -> MeshTable:
-    """The look-up by PMID of a table that `write_mesh` wrote. Raises DataError where `path` is none."""
-    return MeshTable(path)
-
-
-class MeshTable:
-    """PMID -> Mesh, read from the file as asked, so its size does not matter; it can be sent to other processes."""
-
-    def __init__(self, path: str | Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.path = Path(path)
-        try:
-            self._file = pq.ParquetFile(self.path)
-            self.facts = MeshFacts(**json.loads((self._file.metadata.metadata or {})[_MESH_KEY]))
-        except FileNotFoundError:
-            raise DataError(path, "there is no such file", todo="make one with: biomedclip data mesh") from None
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
-            raise DataError(path, "is no table of MeSH terms", todo="make one with: biomedclip data mesh") from None
-        footer = self._file.metadata
-        # Rows are sorted, so the last PMID of each row group finds the group of any PMID.
-        self._last = [footer.row_group(i).column(0).statistics.max for i in range(footer.num_row_groups)]
-        self._groups: OrderedDict[int, tuple[list[int], pa.Table]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self.facts.articles
-
-    def __contains__(self, pmid: object) -> bool:
-        return isinstance(pmid, int) and self.get(pmid) is not None
-
-    def __getitem__(self, pmid: int) -> Mesh:
-        found = self.get(pmid)
-        if found is None:
-            raise KeyError(pmid)
-        return found
-
-    def get(self, pmid: int | None) -> Mesh | None:
-        """The terms of an article; None where PubMed's files do not have its PMID, or it has none."""
-        group = bisect_left(self._last, pmid) if pmid is not None else len(self._last)
-        if pmid is None or group == len(self._last):
-            return None
-        pmids, table = self._group(group)
-        row = bisect_right(pmids, pmid) - 1
-        if row < 0 or pmids[row] != pmid:
-            return None
-        return Mesh(tuple(table.column("mesh")[row].as_py()), tuple(table.column("major")[row].as_py()))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _group(self, number: int) -> tuple[list[int], pa.Table]:
-        if number not in self._groups:
-            table = self._file.read_row_group(number, use_threads=False)
-            self._groups[number] = (table.column("pmid").to_pylist(), table)
-            while len(self._groups) > _CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(number)
-        return self._groups[number]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MeshTable, (self.path,)
 
 
 @dataclass(slots=True)
