@@ -59,6 +59,13 @@ def packed(selection: Path) -> Path:
     return out
 
 
+def pack_command(selection: Path, out: Path, workers: int) -> list[str]:
+    """The command that packs as SMALL says."""
+    settings = ["name=small", "shards.max_samples=12", "shards.max_bytes=1500000"]
+    return [sys.executable, "-m", "biomedclip", "data", "pack", str(selection), "--out", str(out),
+            "--workers", str(workers), *(word for value in settings for word in ("--set", value))]  # fmt: skip
+
+
 def sums(folder: Path) -> str:
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
     return (folder / "SHA256SUMS").read_text() + hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
@@ -125,6 +132,15 @@ def test_articles_card_and_provenance_say_where_it_comes_from(packed: Path) -> N
 def test_two_workers_give_the_same_bytes(packed: Path, selection: Path, tmp_path: Path) -> None:
     pack(selection, tmp_path / "two", SMALL, workers=2)
     assert sums(tmp_path / "two") == sums(packed)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bytes(packed: Path, selection: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    command = pack_command(selection, tmp_path / "out", workers=2)
+    done = subprocess.run([*command, "--engine", "ray"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sums(tmp_path / "out") == sums(packed)
 
 
 def test_a_finished_pack_is_returned_and_another_is_refused(
@@ -209,9 +225,7 @@ def test_kill_9_at_any_moment_and_a_rerun_give_the_same_bytes(
     packed: Path, selection: Path, tmp_path: Path, workers: int
 ) -> None:
     out = tmp_path / "out"
-    settings = ["name=small", "shards.max_samples=12", "shards.max_bytes=1500000"]
-    command = [sys.executable, "-m", "biomedclip", "data", "pack", str(selection), "--out", str(out),
-               "--workers", str(workers), *(word for value in settings for word in ("--set", value))]  # fmt: skip
+    command = pack_command(selection, out, workers)
     chance, kills = random.Random(workers), 0
     while not (out / "manifest.json").exists():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
