@@ -95,7 +95,7 @@ def make_plan(
     planned = codes == 0
     if not planned.any():
         found = ", ".join(f"{reason} {count}" for reason, count in _count(codes, columns).items())
-        raise DataError(articles, "nothing is left to plan", found=found or "no rows",
+        raise DataError(out, "nothing is left to plan", found=found or "no rows",
                         todo="check the licence preset, the dates and the source")  # fmt: skip
     facts = PlanFacts(
         config=config.model_dump(mode="json"),
