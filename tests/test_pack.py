@@ -226,12 +226,13 @@ def test_kill_9_at_any_moment_and_a_rerun_give_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     command = pack_command(selection, out, workers)
+    # Every kill comes a little later than the one before, until one comes too late.
     chance, kills = random.Random(workers), 0
     while not (out / "manifest.json").exists():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with process:
             try:
-                _, errors = process.communicate(timeout=chance.uniform(0.5, 3.5) + kills / 2)
+                _, errors = process.communicate(timeout=0.5 + 0.15 * kills + chance.uniform(0, 0.15))
                 assert process.returncode == 0, errors.decode()
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
