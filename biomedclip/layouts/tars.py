@@ -30,6 +30,77 @@ class _Member(NamedTuple):
     size: int
 
 
+class TarMember(NamedTuple):
+    """A member that belongs to a sample: its name, split at the first dot of its last part, and where its bytes lie."""
+
+    name: str
+    key: str
+    suffix: str
+    """In lower case, without the dot."""
+    offset: int
+    size: int
+    plain: bool
+    """False for links, devices and sparse members."""
+
+
+class TarScan:
+    """The members of a tar from its headers alone, and how it ends: see `damage` when the iteration is over.
+
+    `file` is anything that seeks and reads. tarfile takes whatever is no header for the end of the archive, which is
+    how half a tar gets lost in silence; so what stands there is looked at.
+    """
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self._size = file, size
+        self.damage: str | None = None
+        """`cut_off`: the file ends within a member; `not_a_header`: something else stands where a member or the end
+        was due. None: the members are all there."""
+        self.detail = ""
+        self.ended = False
+        """Whether the archive's own end mark is there; many writers that were interrupted leave only this out."""
+
+    def __iter__(self) -> Iterator[TarMember]:
+        try:
+            archive = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115  (the file is the caller's)
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all of them
+                if member.offset_data + member.size > self._size:
+                    self.damage, self.detail = "cut_off", f"{member.name} ends beyond byte {self._size}"
+                split = split_name(member.name)
+                if split and not member.isdir():
+                    plain = member.isreg() and not member.issparse()
+                    yield TarMember(member.name, *split, member.offset_data, member.size, plain)
+        except _DAMAGED as error:
+            if isinstance(error, DataError):
+                raise
+            self.damage = self.damage or ("cut_off" if "end of data" in str(error) else "not_a_header")
+            self.detail = self.detail or str(error)[:80]
+            return
+        if not self.damage:
+            self._check_end(archive.offset)
+
+    def _check_end(self, offset: int) -> None:
+        self._file.seek(offset)
+        rest = self._file.read(tarfile.BLOCKSIZE)
+        self.ended = len(rest) == tarfile.BLOCKSIZE and not any(rest)
+        if self.ended or not rest:
+            return
+        self.damage = "cut_off" if len(rest) < tarfile.BLOCKSIZE else "not_a_header"
+        self.detail = f"{self._size - offset} bytes after byte {offset} are no member"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, suffix in lower case) of a member's name, split at the first dot of its last part, as webdataset does.
+
+    None for names without a dot and for hidden files, which belong to no sample.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or not suffix:
+        return None
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
 def read_webdataset(
     root: Path,
     name: str,
@@ -122,23 +193,18 @@ def _read_samples(path: Path) -> Iterator[tuple[str, dict[str, _Member], str | N
     if not path.name.endswith(".tar"):
         raise DataError(path, "is compressed; its members cannot be read one by one", todo="unpack it to a .tar")
     found: dict[str, tuple[dict[str, _Member], str | None]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if member.isdir() or base.startswith(".") or not suffix:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                members, reason = found.get(key, ({}, None))
-                if not member.isreg() or member.issparse():
-                    reason = "not_a_plain_member"
-                if suffix.lower() in members:
-                    raise DataError(f"{path}: {key}", "occurs twice", found=member.name, todo="write the tar anew")
-                members[suffix.lower()] = _Member(member.offset_data, member.size)
-                found[key] = (members, reason)
-    except _DAMAGED as error:
-        raise DataError(path, "cannot be read as tar", found=str(error)[:80], todo="download it again") from None
+    with path.open("rb") as file:
+        scan = TarScan(file, path.stat().st_size)
+        for member in scan:
+            members, reason = found.get(member.key, ({}, None))
+            if not member.plain:
+                reason = "not_a_plain_member"
+            if member.suffix in members:
+                raise DataError(f"{path}: {member.key}", "occurs twice", found=member.name, todo="write the tar anew")
+            members[member.suffix] = _Member(member.offset, member.size)
+            found[member.key] = (members, reason)
+    if scan.damage:
+        raise DataError(path, "cannot be read as tar", found=scan.detail, todo="download it again")
     for key, (members, reason) in found.items():
         yield key, members, reason
 
