@@ -11,9 +11,12 @@ from typing import Annotated
 
 import typer
 
+from biomedclip.annotate_commands import annotate_app
+
 data_app = typer.Typer(
     help="Plan a build over PubMed Central, estimate it, and verify what was built.", no_args_is_help=True
 )
+data_app.add_typer(annotate_app, name="annotate")
 
 
 @data_app.command("plan", epilog="Example: biomedclip data plan mirror/ --out plan.parquet --set licence=commercial")

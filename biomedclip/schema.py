@@ -249,3 +249,14 @@ TOMBSTONE_COLUMNS: dict[str, str] = {
 }
 """Columns of `tombstones.parquet`: one row for each sample taken back and reason; `stated` is the day of the source
 that said so. A key may have several reasons."""
+
+ANNOTATION_COLUMNS: dict[str, str] = {
+    "key": "string",
+    "cluster": "string",
+    "label": "string",
+    "secondary": "string",
+    "keep": "bool",
+    "distance": "float32",
+}
+"""Columns of `annotations.parquet`: one row for each sample that was clustered; a label is null where experts gave its
+cluster none. `distance` is from the middle of the cluster: the larger, the less the label may be trusted."""

@@ -10,6 +10,7 @@
     SHA256SUMS                  of all of the above
     manifest.json               written last: its presence means the folder is complete
     tombstones.parquet          perhaps, and later: samples taken back, which readers of this project pass over
+    annotations.parquet         perhaps, and later: what experts say of clusters of samples, joined to the index
 
 Shards are written with a ustar header of our own (zeroed owner, time and mode), because the bytes must depend on the
 input alone and because the offsets of the members are known while writing; `tarfile`, webdataset and `tar` read them.
@@ -35,6 +36,7 @@ from biomedclip.errors import DataError, MissingExtra
 from biomedclip.files import remove_leftovers, sha256_file, sha256_json, write_atomic, write_json, write_text
 from biomedclip.licences import licence_class
 from biomedclip.schema import (
+    ANNOTATION_COLUMNS,
     IMAGE_FORMATS,
     INDEX_COLUMNS,
     KEY_PATTERN,
@@ -55,6 +57,8 @@ SUMS = "SHA256SUMS"
 FORMAT_VERSION = 1
 TOMBSTONES = "tombstones.parquet"
 TOMBSTONE_KEY = b"biomedclip_tombstones"
+ANNOTATIONS = "annotations.parquet"
+ANNOTATION_KEY = b"biomedclip_annotations"
 
 IMAGE_MEMBER = "jpg"
 """Extension of every image member, whatever its encoding, which the index and the .json name. `datasets` takes the
@@ -412,11 +416,26 @@ class DatasetFolder:
 
     @cached_property
     def index(self) -> pa.Table:
-        """The index rows in shard order."""
+        """The index rows in shard order; with `annotation_label` and the like where there are annotations."""
         if not self.withdrawn:
-            return self.stored_index
+            return self._annotated(self.stored_index)
         keys = self.stored_index["key"].to_pylist()
-        return self.stored_index.filter([key not in self.withdrawn for key in keys])
+        return self._annotated(self.stored_index.filter([key not in self.withdrawn for key in keys]))
+
+    @cached_property
+    def annotations(self) -> pa.Table:
+        """ANNOTATION_COLUMNS; no rows where nobody annotated. Raises DataError for those of another dataset."""
+        return read_annotations(self.folder)
+
+    def _annotated(self, index: pa.Table) -> pa.Table:
+        import pyarrow.compute as pc
+
+        if not len(self.annotations):
+            return index
+        places = pc.index_in(index["key"], value_set=self.annotations["key"].combine_chunks())
+        for name in list(ANNOTATION_COLUMNS)[1:]:
+            index = index.append_column(f"annotation_{name}", self.annotations[name].take(places))
+        return index
 
     @cached_property
     def stored_index(self) -> pa.Table:
@@ -496,6 +515,25 @@ def read_tombstones(folder: Path) -> pa.Table:
         raise DataError(path, "is no table of tombstones", todo=todo) from None
     if promised != tombstone_promise(folder, table.to_pylist()):
         raise DataError(path, "is damaged, or of another dataset", todo=todo)
+    return table
+
+
+def read_annotations(folder: Path) -> pa.Table:
+    """The annotations of a dataset folder, ANNOTATION_COLUMNS; no rows where it has none.
+
+    Raises DataError where the file is damaged or speaks of another dataset, as one does that was built anew.
+    """
+    _, pq = _arrow()
+    path = folder / ANNOTATIONS
+    if not path.exists():
+        return arrow_schema(ANNOTATION_COLUMNS).empty_table()
+    table = read_tables([path], ANNOTATION_COLUMNS)
+    try:
+        facts = json.loads((pq.read_metadata(path).metadata or {})[ANNOTATION_KEY])
+    except (KeyError, ValueError):
+        facts = {}
+    if facts.get("dataset_sha256") != sha256_file(folder / MANIFEST):
+        raise DataError(path, "is not of this dataset", todo="delete it, or apply the annotations again")
     return table
 
 

@@ -37,6 +37,7 @@ DATA_OPTIONS = {
     "plan": {"source", "--out", "--set", "--only"},
     "estimate": {"plan", "--set"},
     "report": {"folder", "--out", "--seed"},
+    "annotate": set(),
     "inspect": {"article", "--source", "--html", "--set"},
     "verify": {"folder"},
     "compile": {"recipe", "--root", "--out", "--set", "--workers", "--names"},

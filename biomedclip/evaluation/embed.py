@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biomedclip.errors import CheckpointError, DataError
+from biomedclip.errors import CheckpointError, ConfigError, DataError
 from biomedclip.files import sha256_json, write_atomic
 from biomedclip.progress import Progress, silent
 from biomedclip.schema import Drop, LabelledImage, Manifest
@@ -56,6 +56,16 @@ def fingerprint(model: torch.nn.Module) -> str:
         # A view as bytes: numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def choose_device(wanted: str) -> str:
+    """The device that `auto`, `cpu` or `cuda` stands for on this machine. Raises ConfigError for cuda without one."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise ConfigError("device", "cuda is not available here", todo="--set device=cpu")
+    return ("cuda" if has_cuda else "cpu") if wanted == "auto" else wanted
 
 
 def describe_preprocess(preprocess: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from biomedclip.errors import ConfigError, DataError
 from biomedclip.evaluation.config import EvaluateConfig
 from biomedclip.evaluation.embed import (
     ImageEmbeddings,
+    choose_device,
     describe_preprocess,
     embed_images,
     embed_texts,
@@ -170,17 +171,11 @@ def check_counts(task: Task, manifest: Manifest) -> list[str]:
 
 
 def _load(config: EvaluateConfig, model: tuple[Any, Any, Any] | None) -> Encoder:
-    import torch
-
     if model is None:
         from biomedclip.models.load import load
 
         model = load(config.model)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda is not available here", todo="--set device=cpu")
+    device = choose_device(config.device)
     net, preprocess, tokenizer = model
     return Encoder(config.model_name or config.model, net.to(device), preprocess, tokenizer, device)
 
