@@ -61,7 +61,9 @@ def _tiles(survey: Survey) -> str:
     tiles = [
         ("samples", f"{survey.kept:,}", f"{write_share(_share(survey.kept, survey.seen))} of what was seen"),
         ("pictures", _bytes(survey.image_bytes), f"{_bytes(survey.image_bytes / max(survey.kept, 1))} each"),
-        ("articles", f"{survey.articles_kept:,}", f"with samples, of {survey.articles_read:,} read"),
+        ("articles", f"{survey.articles_kept:,}", f"with samples, of {survey.articles_read:,} read")
+        if survey.articles_read
+        else ("labels", f"{len(survey.counts['labels']):,}", "different ones, on all samples together"),
         ("open licences", write_share(_share(free, survey.kept)), "class commercial-derivatives"),
     ]
     blocks = "".join(
