@@ -188,7 +188,8 @@ def _doubts(survey: Survey) -> str:
         parts.append(("Duplicates", '<p class="note">No clusters are recorded among the samples.</p>'))
     parts.append(("Contamination", _contamination(survey.provenance)))
     if survey.withdrawn:
-        text = f"{len(survey.withdrawn):,} samples were taken back; readers pass over them, the counts of this page do not."
+        count = len(survey.withdrawn)
+        text = f"{count:,} samples were taken back; readers pass over them, the counts of this page do not."
         bars_of = draw_bars(survey.tombstones, survey.kept, css="dropped")
         parts.append(("Tombstones", f'<p class="note">{text}</p>{bars_of}'))
     else:
