@@ -73,7 +73,8 @@ class TarScan:
         except _DAMAGED as error:
             if isinstance(error, DataError):
                 raise
-            self.damage = self.damage or ("cut_off" if "end of data" in str(error) else "not_a_header")
+            at_end = "end of data" in str(error) or self._file.tell() >= self._size
+            self.damage = self.damage or ("cut_off" if at_end else "not_a_header")
             self.detail = self.detail or str(error)[:80]
             return
         if not self.damage:

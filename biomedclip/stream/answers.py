@@ -54,7 +54,7 @@ def judge(answer: Answer, url: str, start: int, stop: int | None, etag: str | No
         size = (headers.get("Content-Range") or "").rpartition("/")[2]
         if size.isdecimal() and int(size) == 0 == start:
             return Found(b"", 0, etag)
-        refuse(url, "is shorter than its index says", f"no byte {start}", "upload the tar again")
+        refuse(url, "was replaced or cut off since its index was read", f"no byte {start}", "upload the tar again")
     if answer.status in (401, 403):
         todo = "log in with `hf auth login`, or ask for access" if url.startswith("hf:") else "make it public"
         refuse(url, "may not be read", f"status {answer.status}", todo)

@@ -1,6 +1,6 @@
-"""Dataset folders to batches: `{"image": uint8 (B, 3, H, W), "text": int64 (B, L), ...}`, step by step of the plan.
+"""Sources to batches: `{"image": uint8 (B, 3, H, W), "text": int64 (B, L), ...}`, step by step of the plan.
 
-Reads the indexes of finished dataset folders and, for each pick of the plan, the sample's bytes by position; yields
+Reads the indexes of the sources and, for each pick of the plan, the sample's bytes by position; yields
 batches in plan order, whatever the number of workers. Its state is the number of batches delivered to the caller: a
 worker may have read further, but what was not delivered is read again. A sample that cannot be read is counted by
 reason and replaced by another one that the plan names, so a resumed run replaces it by the same one.
@@ -11,24 +11,21 @@ half of preprocessing.
 
 from __future__ import annotations
 
-import os
-import weakref
 import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.images import BadImage
-from biomedclip.shards import DatasetFolder, read_member
 from biomedclip.stream.decode import (
     Geometry,
     augment,
@@ -38,14 +35,13 @@ from biomedclip.stream.decode import (
     preset_for,
     read_reduced,
 )
+from biomedclip.stream.fetch import FetchConfig, Unreachable
 from biomedclip.stream.plan import Pick, Plan, PlanSource, mixing_weights
+from biomedclip.stream.source import FetcherHere, Place, RemoteShards, Shards, locate, open_shards
 from biomedclip.stream.text import Tokenise, choose_caption
 
 MAX_ATTEMPTS = 8
 """Substitutes tried for one unreadable sample before the run stops."""
-
-MAX_OPEN = 64
-"""Shards kept open by a reading process."""
 
 _READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "image_crc32", "text_offset",
                  "text_size", "json_offset", "json_size", "num_captions", "modality")  # fmt: skip
@@ -53,10 +49,19 @@ _READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSource:
-    """One dataset folder of a training mixture, restricted to a split; `weight` is its share of every batch."""
+    """One source of a training mixture, restricted to a split; `weight` is its share of every batch.
+
+    `path` is a dataset folder of ours, here or at a URL, or the address of foreign WebDataset tars, as `shards` is a
+    list of such addresses; see `biomedclip.stream.source`.
+    """
 
     name: str
-    path: str | Path
+    path: str | Path = ""
+    shards: tuple[str, ...] = ()
+    article_key: str | None = None
+    """Foreign tars: the key of a sample's json that names its article."""
+    article_pattern: str | None = None
+    """Foreign tars: a regular expression that finds the article in a sample's key."""
     weight: float = 1.0
     split: str = "train"
     balance: bool | Literal["weights"] = False
@@ -70,7 +75,7 @@ class StreamSource:
 class Rows:
     """What reading needs of the samples of one plan source, as columns, plus their labels as ids of the mixture."""
 
-    folder: Path
+    place: Place
     source: StreamSource
     columns: dict[str, list[Any]]
     labels: list[tuple[int, ...]]
@@ -96,21 +101,31 @@ class Samples(Dataset[dict[str, Any]]):
         max_bad: float = 0.05,
         cache_bytes: int = 256_000_000,
         size_exponent: float = 0.0,
+        fetch: FetchConfig | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError("batch_size", "is not a multiple of the number of processes",
                               found=f"{batch_size} for {world_size}")  # fmt: skip
-        self.rows, plan_sources, self.label_names = read_rows(sources, size_exponent)
+        self._fetcher = FetcherHere(fetch or FetchConfig())
+        try:
+            self.rows, plan_sources, self.label_names = read_rows(sources, size_exponent, self._fetcher)
+        finally:
+            self._fetcher.close()  # nothing that a fork would share
         self.plan = Plan(plan_sources, batch_size=batch_size, seed=seed)
         self.seed, self.geometry, self.tokenise = seed, geometry, tokenise
         self.rank, self.world_size, self.max_bad = rank, world_size, max_bad
         self.max_labels = max((len(labels) for rows in self.rows for labels in rows.labels), default=0)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[int, int], Image.Image] = {}
-        self._files = OpenShards()
+        self._shards: list[Shards] = [open_shards(rows.place, rows.columns, self._fetcher) for rows in self.rows]
+        self._is_remote = any(isinstance(shards, RemoteShards) for shards in self._shards)
+        self._prepared: set[int] = set()
+        self.max_steps: int | None = None
+        """Batches from here on are not asked for, so not read ahead either."""
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        picks = self.plan.batch(step)[self.rank :: self.world_size]
+        picks = self._picks(step)
+        self._read_ahead(step)
         images, captions, final, bad = [], [], [], []
         for wanted in picks:
             pick, image, caption, reasons = self._read(wanted)
@@ -118,6 +133,7 @@ class Samples(Dataset[dict[str, Any]]):
             captions.append(caption)
             final.append(pick)
             bad += reasons
+        self._release(step, picks)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         return {
             "image": pixels,
@@ -128,17 +144,19 @@ class Samples(Dataset[dict[str, Any]]):
             "source": [self.rows[p.source].source.name for p in final],
             "epoch": torch.tensor([p.epoch for p in final], dtype=torch.int64),
             "bad": bad,
+            "notice": self._fetcher.notice,
         }
 
     def read(self, pick: Pick) -> tuple[np.ndarray, str]:
         """Training pixels (H, W, 3) uint8 and caption of one sample. Raises DataError where it cannot be read."""
         rows = self.rows[pick.source]
-        key, where = rows.columns["key"][pick.row], f"{rows.folder}: {rows.columns['key'][pick.row]}"
+        key, where = rows.columns["key"][pick.row], f"{rows.place.where}: {rows.columns['key'][pick.row]}"
         caption = choose_caption(self._captions(pick), self.seed, key, pick.epoch)
         image = self._cache.get((pick.source, pick.row))
         if image is None:
             data = self._bytes(pick, "image")
-            if zlib.crc32(data) != rows.columns["image_crc32"][pick.row]:
+            promised = rows.columns["image_crc32"][pick.row]
+            if promised is not None and zlib.crc32(data) != promised:
                 raise DataError(where, "has other bytes than its index says", todo="rebuild the dataset")
             image = read_reduced(data, rows.columns["image_format"][pick.row], self.geometry.size_px, where)
             self._remember(pick, image)
@@ -159,6 +177,8 @@ class Samples(Dataset[dict[str, Any]]):
         for attempt in range(MAX_ATTEMPTS):
             try:
                 image, caption = self.read(pick)
+            except Unreachable:
+                raise  # passing over samples because a host is away would make two runs of one plan differ
             except (DataError, BadImage) as error:
                 rows = self.rows[pick.source]
                 bad.append((rows.source.name, rows.columns["key"][pick.row], str(error)))
@@ -166,25 +186,49 @@ class Samples(Dataset[dict[str, Any]]):
             else:
                 return pick, image, caption, bad
         raise DataError(
-            str(self.rows[wanted.source].folder), f"{MAX_ATTEMPTS} samples in a row cannot be read", found=bad[-1][2],
+            self.rows[wanted.source].place.where, f"{MAX_ATTEMPTS} samples in a row cannot be read", found=bad[-1][2],
             todo="run: biomedclip build on it again, or check the disk",
         )  # fmt: skip
 
     def _captions(self, pick: Pick) -> list[str]:
         columns = self.rows[pick.source].columns
-        if columns["num_captions"][pick.row] > 1:
-            import json
+        try:
+            if columns["num_captions"][pick.row] > 1:
+                import json
 
-            return list(json.loads(self._bytes(pick, "json"))["captions"])
-        return [self._bytes(pick, "text").decode()]
+                return list(json.loads(self._bytes(pick, "json"))["captions"])
+            return [self._bytes(pick, "text").decode()]
+        except (ValueError, LookupError, TypeError) as error:
+            where = f"{self.rows[pick.source].place.where}: {columns['key'][pick.row]}"
+            raise DataError(where, "has no readable caption", found=str(error)[:80]) from None
 
     def _bytes(self, pick: Pick, member: str) -> bytes:
-        rows = self.rows[pick.source]
-        columns, row = rows.columns, pick.row
-        path = rows.folder / columns["shard"][row]
-        file = self._files.open(path)
-        return read_member(file, columns[f"{member}_offset"][row], columns[f"{member}_size"][row], path,
-                           columns["key"][row])  # fmt: skip
+        return self._shards[pick.source].read(pick.row, member)
+
+    def _picks(self, step: int) -> tuple[Pick, ...]:
+        return self.plan.batch(step)[self.rank :: self.world_size]
+
+    def _read_ahead(self, step: int) -> None:
+        """Begin to fetch this step and the next ones that this process will be asked for."""
+        if not self._is_remote:
+            return
+        worker = get_worker_info()
+        stride = worker.num_workers if worker else 1
+        for later in range(step, step + (self._fetcher.config.ahead + 1) * stride, stride):
+            if later in self._prepared or (later > step and self.max_steps is not None and later >= self.max_steps):
+                continue
+            self._prepared.add(later)
+            self.prepare(self._picks(later))
+
+    def prepare(self, picks: Sequence[Pick]) -> None:
+        """Begin to fetch these samples, the near ones of a shard together."""
+        for source, rows in _by_source(picks).items():
+            self._shards[source].prepare(rows)
+
+    def _release(self, step: int, picks: Sequence[Pick]) -> None:
+        self._prepared.discard(step)
+        for source, rows in _by_source(picks).items():
+            self._shards[source].release(rows)
 
     def _remember(self, pick: Pick, image: Image.Image) -> None:
         size = image.width * image.height * 3
@@ -201,42 +245,19 @@ class Samples(Dataset[dict[str, Any]]):
         return table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OpenShards(), "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_prepared": set()}
 
     def close(self) -> None:
-        """Close the shards this process opened; reading opens them again."""
-        self._files.close()
+        """Close the shards and connections this process opened; reading opens them again."""
+        self._prepared.clear()
+        for shards in self._shards:
+            shards.close()
+        self._fetcher.close()
 
-
-class OpenShards:
-    """The shards a process has open, the least recently used closed beyond `MAX_OPEN`."""
-
-    def __init__(self) -> None:
-        # Open files belong to a process: a forked worker must not share its parent's, hence the process id.
-        self._files: OrderedDict[tuple[int, Path], BinaryIO] = OrderedDict()
-        weakref.finalize(self, _close_all, self._files)
-
-    def open(self, path: Path) -> BinaryIO:
-        """The shard, opened for reading. Raises DataError where it cannot be."""
-        key = (os.getpid(), path)
-        if key not in self._files:
-            try:
-                self._files[key] = path.open("rb")
-            except OSError as error:
-                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
-            while len(self._files) > MAX_OPEN:
-                self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(key)
-        return self._files[key]
-
-    def close(self) -> None:
-        """Close all of them."""
-        _close_all(self._files)
-
-
-def _close_all(files: OrderedDict[tuple[int, Path], BinaryIO]) -> None:
-    while files:
-        files.popitem()[1].close()
+    @property
+    def splits(self) -> dict[str, Mapping[str, int]]:
+        """Source -> split -> samples, of all splits that the source has."""
+        return {rows.source.name: rows.place.splits or {} for rows in self.rows}
 
 
 class StreamLoader:
@@ -248,10 +269,16 @@ class StreamLoader:
 
     def __init__(self, samples: Samples, *, max_steps: int, workers: int = 0) -> None:
         self.samples, self.max_steps, self.workers = samples, max_steps, workers
+        samples.max_steps = max_steps
         self.delivered = 0
         self.bad: Counter[str] = Counter()
         """Unreadable samples by source, each time one was met."""
         self.last_bad: str | None = None
+        self.notices: list[str] = []
+        """What somebody should know once: samples that cannot be used, a cache that is off."""
+        self.on_notice: Callable[[str], None] | None = None
+        for place in {rows.source.name: rows.place for rows in samples.rows}.values():
+            self._note(place.notice)
 
     def __len__(self) -> int:
         return self.max_steps
@@ -263,6 +290,7 @@ class StreamLoader:
             prefetch_factor=4 if self.workers else None,
         )  # fmt: skip
         for batch in loader:
+            self._note(batch.pop("notice"))
             self._count(batch.pop("bad"), len(batch["key"]))
             # Counted before it is handed over: a state taken while the caller works on it includes it.
             self.delivered += 1
@@ -286,6 +314,12 @@ class StreamLoader:
     def plan_sha256(self) -> str:
         return self.samples.plan.sha256
 
+    def _note(self, notice: str | None) -> None:
+        if notice and notice not in self.notices:
+            self.notices.append(notice)
+            if self.on_notice:
+                self.on_notice(notice)
+
     def _count(self, bad: Sequence[tuple[str, str, str]], size: int) -> None:
         for source, _, reason in bad:
             self.bad[source] += 1
@@ -299,7 +333,7 @@ class StreamLoader:
 
 
 def read_rows(
-    sources: Sequence[StreamSource], size_exponent: float = 0.0
+    sources: Sequence[StreamSource], size_exponent: float, fetcher: FetcherHere
 ) -> tuple[list[Rows], list[PlanSource], list[str]]:
     """The samples of a mixture, the plan's view of them, and the names of the label ids.
 
@@ -310,7 +344,12 @@ def read_rows(
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError("data.sources", "two sources have one name", found=", ".join(names), todo="rename one")
-    tables = [_read_split(source) for source in sources]
+    places = [
+        locate(source.path, source.shards, source.name, fetcher.open(), article_key=source.article_key,
+               article_pattern=source.article_pattern)
+        for source in sources
+    ]  # fmt: skip
+    tables = [_read_split(source, place) for source, place in zip(sources, places, strict=True)]
     label_names = sorted(
         {f"{s.name}: {label}" for s, table in zip(sources, tables, strict=True) for label in _known(table["labels"])}
     )
@@ -320,36 +359,36 @@ def read_rows(
     rows, plan_sources = [], []
     sizes = [len(table["key"]) for table in tables]
     weights = mixing_weights([source.weight for source in sources], sizes, size_exponent)
-    for source, table, weight in zip(sources, tables, weights, strict=True):
-        for part, (share, members) in _parts(source, table).items():
+    for source, place, table, weight in zip(sources, places, tables, weights, strict=True):
+        for part, (share, members) in _parts(source, place, table).items():
             taken = {column: [values[i] for i in members] for column, values in table.items()}
             groups = tuple(taken["article_id"])
             plan_sources.append(PlanSource(name=part, weight=weight * share, groups=groups))
             labels = [tuple(label_ids[f"{source.name}: {x}"] for x in names or ()) for names in taken["labels"]]
             columns = {column: taken[column] for column in _READ_COLUMNS}
             numbers = [article_ids.get(a, -1) for a in groups]
-            rows.append(Rows(Path(source.path), source, columns, labels, numbers))
+            rows.append(Rows(place, source, columns, labels, numbers))
     return rows, plan_sources, label_names
 
 
-def _read_split(source: StreamSource) -> dict[str, list[Any]]:
-    index = DatasetFolder(source.path).index.select([*_READ_COLUMNS, "article_id", "labels", "split"])
+def _read_split(source: StreamSource, place: Place) -> dict[str, list[Any]]:
+    index = place.table.select([*_READ_COLUMNS, "article_id", "labels", "split"])
     table: dict[str, list[Any]] = index.to_pydict()
     chosen = [i for i, split in enumerate(table["split"]) if split == source.split]
     if not chosen:
         found = ", ".join(sorted(set(table["split"]))) or "no samples"
-        raise DataError(source.path, f"has no samples of split '{source.split}'", found=found)
+        raise DataError(place.where, f"has no samples of split '{source.split}'", found=found)
     return {column: [values[i] for i in chosen] for column, values in table.items()}
 
 
-def _parts(source: StreamSource, table: Mapping[str, list[Any]]) -> dict[str, tuple[float, list[int]]]:
+def _parts(source: StreamSource, place: Place, table: Mapping[str, list[Any]]) -> dict[str, tuple[float, list[int]]]:
     """Plan source name -> share of the source and rows: all of it, or a part per class or weight to be balanced."""
     if not source.balance:
         return {source.name: (1.0, list(range(len(table["key"]))))}
     parts: dict[str, list[int]] = {}
     if source.balance == "weights":
         # Samples of one weight are used equally often: shuffled together, no class of them needs slots of its own.
-        weights = _stored_weights(source, table["labels"])
+        weights = _stored_weights(place, table["labels"])
         for i, weight in enumerate(weights):
             parts.setdefault(f"{source.name}/{weight:g}", []).append(i)
         whole = sum(weights)
@@ -359,15 +398,23 @@ def _parts(source: StreamSource, table: Mapping[str, list[Any]]) -> dict[str, tu
     return {name: (1 / len(parts), rows) for name, rows in sorted(parts.items())}
 
 
-def _stored_weights(source: StreamSource, labels: Sequence[Sequence[str] | None]) -> list[float]:
+def _stored_weights(place: Place, labels: Sequence[Sequence[str] | None]) -> list[float]:
     """The weight of each sample: the largest class weight of its labels. Raises DataError where the set has none."""
-    balance = DatasetFolder(source.path).manifest.get("provenance", {}).get("balance")
+    manifest = place.dataset.manifest if place.dataset else {}
+    balance = manifest.get("provenance", {}).get("balance")
     if not balance:
-        raise DataError(source.path, "was compiled without class weights", todo="build it from a recipe with balance, "
+        raise DataError(place.where, "was compiled without class weights", todo="build it from a recipe with balance, "
                         "or use balance: true")  # fmt: skip
     weights = balance["class_weights"]
     # A class that the training images lacked when the set was compiled has no weight, and is used as it comes.
     return [max(weights.get(label, 1.0) for label in names or ("",)) for names in labels]
+
+
+def _by_source(picks: Sequence[Pick]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for pick in picks:
+        rows.setdefault(pick.source, []).append(pick.row)
+    return rows
 
 
 def _known(column: Sequence[Sequence[str] | None]) -> set[str]:

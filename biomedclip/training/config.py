@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from biomedclip.config import Config
+from biomedclip.stream.fetch import FetchConfig
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -39,10 +40,18 @@ class ModelConfig(Config):
 
 
 class SourceConfig(Config):
-    """One dataset folder of the mixture."""
+    """One source of the mixture."""
 
     name: str
-    path: str
+    path: str = ""
+    """A dataset folder of ours, here or at `https://`, `hf://datasets/…` or `s3://…`; or foreign WebDataset tars, here
+    or there: `/data/{00000..00099}.tar`, `/data/*.tar`."""
+    shards: tuple[str, ...] = ()
+    """Foreign WebDataset tars as a list, instead of `path`."""
+    article_key: str | None = None
+    """Foreign tars: the key of a sample's json that names its article, so that a batch holds one figure of each."""
+    article_pattern: str | None = None
+    """Foreign tars: a regular expression that finds the article in a sample's key."""
     weight: Positive = 1.0
     """Share of every batch, relative to the other sources."""
     split: Literal["train", "val", "test"] = "train"
@@ -51,6 +60,12 @@ class SourceConfig(Config):
     data set's recipe asked for when it was compiled."""
     augmentation: str = "auto"
     """Preset of `biomedclip.stream.decode`: auto (by modality), none, figure, radiology, microscopy, photograph."""
+
+    @model_validator(mode="after")
+    def _says_where(self) -> SourceConfig:
+        if bool(self.path) == bool(self.shards):
+            raise ValueError("needs either path or shards")
+        return self
 
 
 class DataConfig(Config):
@@ -65,6 +80,8 @@ class DataConfig(Config):
     """Stop when more than this share of the samples cannot be read."""
     cache_mb: Annotated[int, Field(ge=0)] = 256
     """Reduced pictures kept in memory by each reading process."""
+    fetch: FetchConfig = FetchConfig()
+    """How sources at URLs are read; changes nothing of what is learnt."""
 
     @field_validator("sources")
     @classmethod

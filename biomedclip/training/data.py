@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from biomedclip.shards import DatasetFolder
 from biomedclip.stream.decode import Geometry, find_preset
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
+from biomedclip.stream.plan import Pick
 from biomedclip.stream.text import Tokenise
 from biomedclip.training.config import DataConfig, TrainConfig
 
@@ -30,7 +30,7 @@ class StreamData(LightningDataModule):
         samples = Samples(
             stream_sources(config.data), batch_size=config.batch_size, seed=config.seed, geometry=geometry,
             tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
-            size_exponent=config.data.size_exponent,
+            size_exponent=config.data.size_exponent, fetch=config.data.fetch,
         )  # fmt: skip
         self.train_loader = StreamLoader(samples, max_steps=config.max_steps, workers=config.data.workers)
 
@@ -42,16 +42,18 @@ class StreamData(LightningDataModule):
         """Exact batches of the sources' validation splits; none where validation is off or no source has one."""
         if not self.config.validation.every_steps:
             return []
+        splits = self.train_loader.samples.splits
         sources = [
             StreamSource(name=source.name, path=source.path, split="val")
             for source in self.config.data.sources
-            if DatasetFolder(source.path).splits.get("val")
+            if splits[source.name].get("val")
         ]
         if not sources:
             return []
         samples = Samples(
-            sources, batch_size=1, seed=self.config.seed, geometry=self.geometry, tokenise=self.tokenise, cache_bytes=0
-        )
+            sources, batch_size=1, seed=self.config.seed, geometry=self.geometry, tokenise=self.tokenise, cache_bytes=0,
+            fetch=self.config.data.fetch,
+        )  # fmt: skip
         return ValidationBatches(samples, self.config.batch_size, self.config.validation.max_samples)
 
     def teardown(self, stage: str) -> None:
@@ -74,6 +76,7 @@ class ValidationBatches:
         if not self._batches:
             for first in range(0, len(self._places), self._batch_size):
                 chosen = self._places[first : first + self._batch_size]
+                self._samples.prepare([Pick(*place, 0) for place in chosen])
                 images, captions = zip(*(self._samples.read_exact(*place) for place in chosen), strict=True)
                 pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
                 self._batches.append({"image": pixels, "text": self._samples.tokenise(captions)})

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
     from biomedclip.training.callbacks import LogSteps
 
-_MAY_CHANGE = {"device", "threads", "log_every_steps", "checkpoints", "validation"}
-"""Top-level keys of a config that a resumed run may change: they do not touch what is learned."""
+_MAY_CHANGE: dict[str, Any] = {
+    **dict.fromkeys(("device", "threads", "log_every_steps", "checkpoints", "validation"), True),
+    "data": {"fetch"},
+}
+"""Parts of a config that a resumed run may change: they do not touch what is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,9 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     saved = list_checkpoints(run.folder)
     torch.manual_seed(config.seed)
     model, model_cfg, data = _build(config)
+    for notice in data.train_loader.notices:
+        run.log(notice)
+    data.train_loader.on_notice = run.log
 
     def export(folder: Path) -> Path:
         return export_open_clip(model, folder, model_cfg=model_cfg)

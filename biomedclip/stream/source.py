@@ -1,0 +1,314 @@
+"""Where the samples of a training source lie, and their bytes: on this disk, or wherever a URL points.
+
+A source is a dataset folder of ours, here or at a URL (its manifest and indexes are copied into the cache, its shards
+stay where they are), or somebody's WebDataset tars. `locate` yields its index; `open_shards` yields one object with
+the same four methods for all of them. Local bytes are positional reads; remote ones are asked for batch by batch
+before they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from biomedclip.errors import DataError
+from biomedclip.files import sha256_file, write_bytes
+from biomedclip.shards import MANIFEST, TOMBSTONES, DatasetFolder, read_member
+from biomedclip.stream.addresses import is_remote, shown
+from biomedclip.stream.cache import entry_name
+from biomedclip.stream.fetch import FetchConfig, Fetcher, Pending, Span
+from biomedclip.stream.index import ShardFact, expand_tars, index_tars
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_OPEN = 64
+"""Shards kept open by a reading process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A source that was found: the index of its samples, and where its shards are."""
+
+    where: str
+    """As messages name it."""
+    table: pa.Table
+    """Columns of schema.INDEX_COLUMNS, at least those that the loader reads."""
+    shards: Mapping[str, ShardFact]
+    """What each shard must be; empty for a local dataset folder, whose samples carry checksums."""
+    base: str = ""
+    """What stands before a shard's name in its path or URL, `/` included."""
+    dataset: DatasetFolder | None = None
+    splits: Mapping[str, int] | None = None
+    ledger: pa.Table | None = None
+    """Samples of foreign tars that cannot be used, LEDGER_COLUMNS."""
+
+    @property
+    def notice(self) -> str | None:
+        """One line about what cannot be used; None where everything can."""
+        dropped = Counter(self.ledger["reason"].to_pylist()) if self.ledger is not None else Counter()
+        if not dropped:
+            return None
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+        return f"{self.where}: {dropped.total()} samples or tars cannot be used, {len(self.table)} can ({counts})"
+
+
+class Shards(Protocol):
+    """The bytes of one source's samples, by row of its columns."""
+
+    def prepare(self, rows: Sequence[int]) -> None:
+        """Begin to read what these rows need."""
+
+    def read(self, row: int, member: str) -> bytes:
+        """The bytes of a row's `image`, `text` or `json`. Raises DataError where they cannot be had."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget what was prepared for these rows."""
+
+    def close(self) -> None:
+        """Close what this process opened; reading opens it again."""
+
+
+def locate(
+    path: str | Path,
+    tars: Sequence[str],
+    name: str,
+    fetcher: Fetcher,
+    *,
+    article_key: str | None = None,
+    article_pattern: str | None = None,
+) -> Place:
+    """The source at a folder, a URL, or the tars that `path` or `tars` name. Raises DataError where there is none."""
+    if tars or str(path).endswith(".tar"):
+        found = index_tars(expand_tars(list(tars) or str(path)), name, fetcher, article_key=article_key,
+                           article_pattern=article_pattern)  # fmt: skip
+        rows = len(found.table)
+        return Place(name, _fill(found.table), found.shards, splits={"train": rows} if rows else {},
+                     ledger=found.ledger)  # fmt: skip
+    if not is_remote(path):
+        dataset = DatasetFolder(path)
+        return Place(str(path), dataset.index, {}, f"{dataset.folder}/", dataset, dataset.splits)
+    url = str(path).rstrip("/")
+    dataset = DatasetFolder(mirror_dataset(url, fetcher))
+    shards = {s["name"]: ShardFact(s["bytes"], version=s["sha256"]) for s in dataset.manifest["shards"]}
+    return Place(shown(url), dataset.index, shards, f"{url}/", dataset, dataset.splits)
+
+
+def mirror_dataset(url: str, fetcher: Fetcher) -> Path:
+    """A folder in the cache with the manifest, indexes and tombstones of a remote dataset folder, hashes checked."""
+    stored = fetcher.read_file(f"{url}/{MANIFEST}", optional=True)
+    if stored is None:
+        raise DataError(shown(url), "holds no finished dataset", found=f"no {MANIFEST}", todo="check the address")
+    try:
+        manifest = json.loads(stored)
+        files = {s["name"].replace(".tar", ".parquet"): None for s in manifest["shards"]}
+        files = {name: manifest["files"][name] for name in files}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise DataError(f"{shown(url)}/{MANIFEST}", "is no manifest of a dataset", todo="check the address") from None
+    if not all(re.fullmatch(r"\d{5,}\.parquet", name) for name in files):
+        raise DataError(f"{shown(url)}/{MANIFEST}", "names shards that are none", todo="check the address")
+    folder = fetcher.config.folder / "datasets" / entry_name(url, hashlib.sha256(stored).hexdigest())
+
+    def copy(name: str) -> None:
+        if (folder / name).exists() and sha256_file(folder / name) == files[name]:
+            return
+        data = fetcher.read_file(f"{url}/{name}")
+        if data is None or hashlib.sha256(data).hexdigest() != files[name]:
+            raise DataError(f"{shown(url)}/{name}", "has other bytes than its manifest says", todo="upload it again")
+        write_bytes(folder / name, data)
+
+    with ThreadPoolExecutor(fetcher.config.threads) as threads:
+        list(threads.map(copy, files))
+    tombstones = fetcher.read_file(f"{url}/{TOMBSTONES}", optional=True)
+    if tombstones is None:
+        (folder / TOMBSTONES).unlink(missing_ok=True)
+    else:
+        write_bytes(folder / TOMBSTONES, tombstones)
+    write_bytes(folder / MANIFEST, stored)
+    return folder
+
+
+def open_shards(place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere) -> Shards:
+    """The bytes of the samples whose columns these are."""
+    if is_remote(place.base) or any(map(is_remote, place.shards)):
+        return RemoteShards(place, columns, fetcher)
+    return LocalShards(place, columns)
+
+
+class LocalShards:
+    """Positional reads from tars on this machine."""
+
+    def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._base, self._columns, self._facts = place.base, columns, place.shards
+        self._files = OpenShards()
+        self._paths: dict[str, Path] = {}
+
+    def prepare(self, rows: Sequence[int]) -> None:
+        """Nothing: the system reads ahead."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Nothing."""
+
+    def read(self, row: int, member: str) -> bytes:
+        """The bytes of a member of the row's sample. Raises DataError where the tar ends before, or is another one."""
+        columns = self._columns
+        shard = columns["shard"][row]
+        path = self._paths.get(shard) or self._paths.setdefault(shard, Path(self._base + shard))
+        file = self._files.open(path, self._facts.get(shard))
+        return read_member(file, columns[f"{member}_offset"][row], columns[f"{member}_size"][row], path,
+                           columns["key"][row])  # fmt: skip
+
+    def close(self) -> None:
+        """Close the tars."""
+        self._files.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OpenShards()}
+
+
+class RemoteShards:
+    """Ranges of tars at URLs: one range a sample, from its first needed member to its last."""
+
+    def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere) -> None:
+        self._base, self._columns, self._facts, self._fetcher = place.base, columns, place.shards, fetcher
+        self._pending: dict[int, Pending] = {}
+        self._held: dict[int, bytes] = {}
+        self._owner = os.getpid()
+
+    def prepare(self, rows: Sequence[int]) -> None:
+        """Begin to fetch these rows, near ones together."""
+        self._disown()
+        spans = {row: self._span(row) for row in rows if row not in self._pending}
+        started = self._fetcher.open().start(list(spans.values()))
+        self._pending |= {row: started[span] for row, span in spans.items()}
+
+    def read(self, row: int, member: str) -> bytes:
+        """The bytes of a member of the row's sample. Raises DataError, or Unreachable where the host is away."""
+        self._disown()
+        span, pending = self._span(row), self._pending.get(row)
+        data = self._held.get(row)
+        if data is None:
+            data = pending.result() if pending else self._fetcher.open().read(span)
+            if pending:
+                self._held[row] = data
+        start = self._columns[f"{member}_offset"][row] - span.start
+        return data[start : start + self._columns[f"{member}_size"][row]]
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget these rows; what else needs them reads them again."""
+        for row in rows:
+            self._pending.pop(row, None)
+            self._held.pop(row, None)
+
+    def close(self) -> None:
+        """Forget everything; the fetcher is closed by its owner."""
+        self._pending.clear()
+        self._held.clear()
+
+    def _span(self, row: int) -> Span:
+        columns = self._columns
+        members = ("image", "text", "json") if columns["num_captions"][row] > 1 else ("image", "text")
+        start = min(columns[f"{m}_offset"][row] for m in members)
+        stop = max(columns[f"{m}_offset"][row] + columns[f"{m}_size"][row] for m in members)
+        shard = columns["shard"][row]
+        fact = self._facts[shard]
+        return Span(self._base + shard, start, stop, fact.version, fact.etag, fact.size)
+
+    def _disown(self) -> None:
+        """Drop what a parent process had begun: its threads are not in this one."""
+        if self._owner != os.getpid():
+            self._owner = os.getpid()
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": {}, "_held": {}}
+
+
+class FetcherHere:
+    """The fetcher of whichever process asks for it: threads and connections do not survive a fork."""
+
+    def __init__(self, config: FetchConfig) -> None:
+        self.config = config
+        self._fetcher: Fetcher | None = None
+        self._owner = 0
+
+    def open(self) -> Fetcher:
+        """This process's fetcher."""
+        if self._fetcher is None or self._owner != os.getpid():
+            self._fetcher, self._owner = Fetcher(self.config), os.getpid()
+        return self._fetcher
+
+    @property
+    def notice(self) -> str | None:
+        """What the disk cache has to say, if anything was fetched here."""
+        return self._fetcher.cache.notice if self._fetcher is not None and self._owner == os.getpid() else None
+
+    def close(self) -> None:
+        """Close it; `open` makes a new one."""
+        if self._fetcher is not None and self._owner == os.getpid():
+            self._fetcher.close()
+        self._fetcher = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "_fetcher": None, "_owner": 0}
+
+
+class OpenShards:
+    """The shards a process has open, the least recently used closed beyond `MAX_OPEN`."""
+
+    def __init__(self) -> None:
+        # Open files belong to a process: a forked worker must not share its parent's, hence the process id.
+        self._files: OrderedDict[tuple[int, Path], BinaryIO] = OrderedDict()
+        weakref.finalize(self, _close_all, self._files)
+
+    def open(self, path: Path, fact: ShardFact | None = None) -> BinaryIO:
+        """The shard, opened for reading. Raises DataError where it cannot be, or is not what `fact` says."""
+        key = (os.getpid(), path)
+        if key not in self._files:
+            try:
+                file = path.open("rb")
+            except OSError as error:
+                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
+            now = os.fstat(file.fileno())
+            if fact and (now.st_size, now.st_mtime_ns) != (fact.size, fact.mtime_ns):
+                file.close()
+                raise DataError(path, "was replaced since its index was read", found=f"{now.st_size} bytes, not "
+                                f"{fact.size}, or another date", todo="start a new run with its new index")  # fmt: skip
+            self._files[key] = file
+            while len(self._files) > MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def close(self) -> None:
+        """Close all of them."""
+        _close_all(self._files)
+
+
+def _close_all(files: OrderedDict[tuple[int, Path], BinaryIO]) -> None:
+    while files:
+        files.popitem()[1].close()
+
+
+def _fill(table: pa.Table) -> pa.Table:
+    """A foreign index with the columns that only our own shards have: unknown, or what holds for all such tars."""
+    import pyarrow as pa
+
+    rows = len(table)
+    constants = {
+        "image_crc32": pa.nulls(rows, pa.uint32()), "num_captions": pa.repeat(pa.scalar(1, pa.int32()), rows),
+        "modality": pa.nulls(rows, pa.string()), "labels": pa.nulls(rows, pa.list_(pa.string())),
+        "split": pa.repeat("train", rows),
+    }  # fmt: skip
+    for name, column in constants.items():
+        table = table.append_column(name, column)
+    return table
