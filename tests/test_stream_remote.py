@@ -37,6 +37,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     monkeypatch.setattr("biomedclip.stream.fetch._FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("biomedclip.stream.fetch._SLOW_BYTES_PER_S", 1e7)
     made = []
 
     def build(base, *, steps=STEPS, workers=0, max_bad=0.05, seed=0, foreign=True, **fetch):
@@ -103,7 +104,7 @@ def test_a_batch_is_fetched_together_and_the_next_ones_before_they_are_needed(ro
         assert all(not shards._pending and not shards._held for shards in loader.samples._shards)
 
 
-@pytest.mark.parametrize("kind", ["too_many", "server_error", "truncated", "dropped", "no_answer", "stall"])
+@pytest.mark.parametrize("kind", ["too_many", "server_error", "truncated", "dropped", "no_answer", "stall", "trickle"])
 def test_no_sample_is_lost_to_a_fault_that_passes(root, make, kind):
     here = list(make(root))
     with MockBucket(root) as bucket:
@@ -248,6 +249,65 @@ def test_an_article_of_foreign_tars_comes_once_in_a_batch(root, make):
         articles = [a for a, s in zip(batch["article"].tolist(), batch["source"], strict=True) if s == "tars"]
         assert -1 not in articles
         assert len(articles) == len(set(articles))
+
+
+def test_a_set_on_the_hub_is_read_by_the_hubs_rules(root, make, tmp_path, monkeypatch):
+    here = list(make(root))
+    served = tmp_path / "hub" / "datasets" / "lab" / "set" / "resolve" / "v1"
+    shutil.copytree(root, served)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with MockBucket(tmp_path / "hub") as bucket:
+        monkeypatch.setenv("HF_ENDPOINT", bucket.endpoint)
+        monkeypatch.setattr("biomedclip.stream.fetch._HUB_PER_S", 1000.0)
+        assert same(list(make("hf://datasets/lab/set@v1")), here)
+        assert {r.headers.get("authorization") for r in bucket.log} == {"Bearer hf_test"}
+
+
+def test_a_public_bucket_is_read_without_credentials(root, make, monkeypatch):
+    here = list(make(root))
+    with MockBucket(root.parent) as bucket:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+        # Whoever may not list a bucket is told 403 where a file is missing.
+        bucket.faults.append(Fault("forbidden", match="*/tombstones.parquet"))
+        assert same(list(make(f"s3://{root.name}")), here)
+        assert not any("authorization" in {name.lower() for name in r.headers} for r in bucket.log)
+
+
+def test_training_from_urls_gives_the_weights_of_training_from_folders(root, tmp_path):
+    from safetensors.torch import load_file
+    from tiny_model import write_tiny_model
+
+    from biomedclip.config import check_config
+    from biomedclip.training.config import TrainConfig
+    from biomedclip.training.train import train
+
+    write_tiny_model(tmp_path / "model")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((root / "tars" / "00000.tar").read_bytes()[:20_000])
+
+    def run(base, out, **changes):
+        sources = [{"name": "colours", "path": f"{base}/colours"},
+                   {"name": "tars", "shards": [f"{base}/tars/{{00000..00002}}.tar"], "article_key": "article"},
+                   {"name": "cut", "path": str(cut)}]  # fmt: skip
+        fetch = {"cache": str(tmp_path / "cache")}
+        values = {"model": {"name": str(tmp_path / "model")}, "data": {"sources": sources, "fetch": fetch},
+                  "max_steps": 4, "batch_size": 8, "threads": 1, "checkpoints": {"every_steps": 2},
+                  "validation": {"every_steps": 2}, "log_every_steps": 1}  # fmt: skip
+        train(check_config(values | changes, TrainConfig, "test"), tmp_path / out)
+        return load_file(tmp_path / out / "final" / "open_clip_model.safetensors")
+
+    here = run(root, "here")
+    with MockBucket(root, faults=[Fault("slow_down", match="*.tar", times=3, retry_after="0.05")]) as bucket:
+        there = run(bucket.endpoint, "there")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    import pyarrow.parquet as pq
+
+    for out in ("here", "there"):
+        rows = pq.read_table(tmp_path / out / "stream_ledger.parquet").to_pylist()
+        assert "tar_cut_off" in {row["reason"] for row in rows}
+        assert "cannot be used" in (tmp_path / out / "log.txt").read_text()
 
 
 KILLED = """

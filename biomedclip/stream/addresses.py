@@ -65,7 +65,7 @@ def _resolve_hub(url: str) -> tuple[str, Mapping[str, str]]:
     revision = unquote(found[2]) if found[2] else None
     headers = build_hf_headers(library_name="biomedclip")
     sent = {name: value for name, value in headers.items() if name.lower() == "authorization"}
-    return hf_hub_url(found[1], found[3], repo_type="dataset", revision=revision), sent
+    return hf_hub_url(found[1], found[3], repo_type="dataset", revision=revision, endpoint=hub()), sent
 
 
 def hub() -> str:

@@ -43,6 +43,7 @@ MAX_WHOLE = 16 << 20
 _MAX_FILE = 2 << 30
 _MOVED_S = 300.0
 _HUB_PER_S = 10.0
+_SLOW_BYTES_PER_S = 16 << 10
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 _HOPELESS = ("certificate", "too_large", "paused", "stopped")
 
@@ -177,7 +178,7 @@ class Fetcher:
         for attempt in range(1000):
             try:
                 answer, etag = self._ask(url, start, stop, deadline)
-                if optional and answer.status in (404, 410):
+                if optional and answer.status in _missing(url):
                     return None
                 return judge(answer, url, start, stop, etag)
             except Trouble as trouble:
@@ -215,7 +216,10 @@ class Fetcher:
         hops = 0
         while True:
             self._wait(target, deadline)
-            answer = self._transport.ask(target, {**wanted, **own}, max_bytes=most, deadline=deadline)
+            # A connection that trickles must not eat the time in which another one would do.
+            patience = self.config.silence_s + (0 if stop is None else (stop - start) / _SLOW_BYTES_PER_S)
+            until = deadline if stop is None else min(deadline, time.monotonic() + patience)
+            answer = self._transport.ask(target, {**wanted, **own}, max_bytes=most, deadline=until)
             if answer.status not in (301, 302, 303, 307, 308):
                 break
             hops += 1
@@ -303,6 +307,11 @@ class RangeFile:
         data = self._data[self._position - self._start : stop - self._start]
         self._position += len(data)
         return data
+
+
+def _missing(url: str) -> tuple[int, ...]:
+    """Statuses that say a file is not there: S3 says 403 to those who may not list the bucket."""
+    return (403, 404, 410) if url.startswith("s3:") or ".amazonaws.com/" in url else (404, 410)
 
 
 def _name(span: Span) -> str:

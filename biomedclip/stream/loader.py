@@ -255,6 +255,12 @@ class Samples(Dataset[dict[str, Any]]):
         self._fetcher.close()
 
     @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """Rows (LEDGER_COLUMNS) of the samples that foreign tars hold and that cannot be used, or tars cut off."""
+        places = {rows.source.name: rows.place for rows in self.rows}.values()
+        return [row for place in places if place.ledger is not None for row in place.ledger.to_pylist()]
+
+    @property
     def splits(self) -> dict[str, Mapping[str, int]]:
         """Source -> split -> samples, of all splits that the source has."""
         return {rows.source.name: rows.place.splits or {} for rows in self.rows}

@@ -23,6 +23,8 @@ from biomedclip.config import load_config
 from biomedclip.errors import CheckpointError, ConfigError, MissingExtra
 from biomedclip.progress import Progress, silent
 from biomedclip.runs import CONFIG, DONE, Run, is_done, open_run, read_facts, read_metrics
+from biomedclip.schema import LEDGER_COLUMNS
+from biomedclip.shards import write_table
 from biomedclip.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -111,6 +113,8 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     for notice in data.train_loader.notices:
         run.log(notice)
     data.train_loader.on_notice = run.log
+    if left_out := data.train_loader.samples.ledger:
+        write_table(run.folder / "stream_ledger.parquet", left_out, LEDGER_COLUMNS)
 
     def export(folder: Path) -> Path:
         return export_open_clip(model, folder, model_cfg=model_cfg)
