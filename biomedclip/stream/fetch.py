@@ -15,7 +15,7 @@ import random
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,13 +59,13 @@ class FetchConfig(Config):
     """Folder of the disk cache; None: `biomedclip/stream` in the user's cache folder."""
     cache_gb: Annotated[float, Field(ge=0)] = 20.0
     """Most that the cache holds; 0 keeps nothing but the indexes."""
-    requests_per_s: Annotated[float, Field(gt=0)] = 50.0
+    requests_per_s: Annotated[float, Field(gt=0)] = 500.0
     """Requests a second to one host, of all processes of this machine; the Hugging Face Hub gets at most 10."""
     max_wait_s: Annotated[float, Field(gt=0)] = 120.0
     """Longest time for one read, with all its attempts and pauses."""
     silence_s: Annotated[float, Field(gt=0)] = 20.0
     """Longest silence within an answer before it is asked for again."""
-    threads: Annotated[int, Field(ge=1, le=64)] = 8
+    threads: Annotated[int, Field(ge=1, le=256)] = 32
     """Requests under way at once in each reading process."""
     ahead: Annotated[int, Field(ge=0, le=64)] = 2
     """Batches that a reading process fetches before they are needed."""
@@ -276,10 +276,11 @@ class RangeFile:
 
     def __init__(self, fetcher: Fetcher, url: str) -> None:
         self._fetcher, self._url = fetcher, url
-        self._position = self._start = 0
-        self._chunk = MAX_GAP
+        self._position, self._chunk = 0, MAX_GAP
         first = fetcher.read_range(url, 0, self._chunk)
-        self._data, self.size, self.etag = first.data, first.total, first.etag
+        self.size, self.etag = first.total, first.etag
+        # The last pieces: a scan looks back at the sample whose end it has just found.
+        self._pieces = deque([(0, first.data)], maxlen=3)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go to a place, as in any file."""
@@ -295,18 +296,23 @@ class RangeFile:
         stop = self.size if size < 0 else min(self._position + size, self.size)
         if self._position >= stop:
             return b""
-        end = self._start + len(self._data)
-        if not self._start <= self._position <= stop <= end:
-            # Small members lie within what comes along; past a large one only the next header is worth fetching.
-            near = end <= self._position + MAX_GAP and self._position - end < 16 * MAX_GAP
-            self._chunk = min(2 * self._chunk, MAX_BLOCK // 2) if near else MAX_GAP
-            found = self._fetcher.read_range(self._url, self._position, max(stop, self._position + self._chunk))
-            if (found.total, found.etag) != (self.size, self.etag):
-                refuse(self._url, "was replaced while it was read", todo="run it again")
-            self._data, self._start = found.data, self._position
-        data = self._data[self._position - self._start : stop - self._start]
-        self._position += len(data)
-        return data
+        held = next((p for p in self._pieces if p[0] <= self._position and stop <= p[0] + len(p[1])), None)
+        start, data = held or self._fetch(stop)
+        found = data[self._position - start : stop - start]
+        self._position += len(found)
+        return found
+
+    def _fetch(self, stop: int) -> tuple[int, bytes]:
+        """A piece from here to `stop` or beyond."""
+        # Small members lie within what comes along; past a large one only the next header is worth fetching.
+        end = max(start + len(data) for start, data in self._pieces)
+        near = -MAX_GAP <= self._position - end < 16 * MAX_GAP
+        self._chunk = min(2 * self._chunk, MAX_BLOCK // 2) if near else MAX_GAP
+        found = self._fetcher.read_range(self._url, self._position, max(stop, self._position + self._chunk))
+        if (found.total, found.etag) != (self.size, self.etag):
+            refuse(self._url, "was replaced while it was read", todo="run it again")
+        self._pieces.append((self._position, found.data))
+        return self._pieces[-1]
 
 
 def _missing(url: str) -> tuple[int, ...]:
