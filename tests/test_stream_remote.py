@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_notice(root, make, monkeypatch):
 def test_a_remote_folder_is_checked_against_its_manifest(root, make, tmp_path):
     shutil.copytree(root, tmp_path / "copy")
     with MockBucket(tmp_path / "copy") as bucket:
-        with pytest.raises(DataError, match="holds no finished dataset"):
+        with pytest.raises(DataError, match=r"nowhere/colours/manifest\.json: is missing"):
             make(f"{bucket.endpoint}/nowhere")
         index = tmp_path / "copy" / "articles" / "00000.parquet"
         good = index.read_bytes()
@@ -272,6 +272,47 @@ def test_a_public_bucket_is_read_without_credentials(root, make, monkeypatch):
         bucket.faults.append(Fault("forbidden", match="*/tombstones.parquet"))
         assert same(list(make(f"s3://{root.name}")), here)
         assert not any("authorization" in {name.lower() for name in r.headers} for r in bucket.log)
+
+
+def test_a_private_bucket_is_read_with_the_credentials_that_are_here(root, make, monkeypatch):
+    pytest.importorskip("botocore")
+    import mock_bucket
+
+    from biomedclip.stream import addresses
+
+    real = mock_bucket._Handler._object
+
+    def private(self, key, fault):
+        if "X-Amz-Signature=" not in self.path:
+            self.mock.refused += 1
+            fault = Fault("forbidden")
+        self.refuse = fault and fault.kind == "forbidden"
+        return real(self, key, fault)
+
+    def answer(self, key, query, status, headers, body, fault):
+        return real_answer(self, key, query, status, headers, body, Fault("forbidden") if self.refuse else fault)
+
+    real_answer = mock_bucket._Handler._answer
+    monkeypatch.setattr(mock_bucket._Handler, "_object", private)
+    monkeypatch.setattr(mock_bucket._Handler, "_answer", answer)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    here = list(make(root))
+    with MockBucket(root.parent) as bucket:
+        bucket.refused = 0
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+        addresses._s3_client.cache_clear()
+        with pytest.raises(DataError, match=r"may not be read .*biomedclip\[s3\]"):
+            make(f"s3://{root.name}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+        addresses._s3_client.cache_clear()
+        try:
+            assert same(list(make(f"s3://{root.name}")), here)
+        finally:
+            addresses._s3_client.cache_clear()
+        assert bucket.refused > 0
 
 
 def test_training_from_urls_gives_the_weights_of_training_from_folders(root, tmp_path):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from biomedclip.errors import ConfigError, DataError, MissingExtra
@@ -42,7 +43,7 @@ def resolve(url: str) -> tuple[str, Mapping[str, str]]:
         return _resolve_hub(url)
     if scheme == "s3":
         bucket, key = parts.netloc, quote(url.split("/", 3)[3] if url.count("/") > 2 else "", safe="/!-_.*'()~")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = _s3_endpoint()
         if endpoint:
             return f"{endpoint.rstrip('/')}/{bucket}/{key}", {}
         # A dot in the bucket's name does not fit the wildcard of the service's certificate.
@@ -66,6 +67,42 @@ def _resolve_hub(url: str) -> tuple[str, Mapping[str, str]]:
     headers = build_hf_headers(library_name="biomedclip")
     sent = {name: value for name, value in headers.items() if name.lower() == "authorization"}
     return hf_hub_url(found[1], found[3], repo_type="dataset", revision=revision, endpoint=hub()), sent
+
+
+def sign(url: str) -> str | None:
+    """The address of an `s3://` object that is not public, signed with the AWS credentials found here for one hour.
+
+    None where there are no credentials, or botocore is not installed. Signing asks nobody, so that reading goes the way
+    of all other addresses.
+    """
+    parts = urlsplit(url)
+    client = _s3_client(os.getpid())
+    if parts.scheme != "s3" or client is None:
+        return None
+    key = url.split("/", 3)[3]
+    wanted = {"Bucket": parts.netloc, "Key": key}
+    return str(client.generate_presigned_url("get_object", Params=wanted, ExpiresIn=3600))
+
+
+@lru_cache(maxsize=1)
+def _s3_client(process: int) -> Any:
+    try:
+        import botocore.config
+        import botocore.session
+    except ImportError:
+        return None
+    session = botocore.session.get_session()
+    if session.get_credentials() is None:
+        return None
+    endpoint = _s3_endpoint()
+    style = {"addressing_style": "path" if endpoint else "auto"}
+    region = session.get_config_variable("region") or "us-east-1"
+    options = botocore.config.Config(signature_version="s3v4", s3=style)
+    return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
+
+
+def _s3_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def hub() -> str:

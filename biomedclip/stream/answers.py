@@ -56,7 +56,10 @@ def judge(answer: Answer, url: str, start: int, stop: int | None, etag: str | No
             return Found(b"", 0, etag)
         refuse(url, "was replaced or cut off since its index was read", f"no byte {start}", "upload the tar again")
     if answer.status in (401, 403):
-        todo = "log in with `hf auth login`, or ask for access" if url.startswith("hf:") else "make it public"
+        todo = {
+            "hf": "log in with `hf auth login`, or ask for access",
+            "s3": "make it public, or run: pip install 'biomedclip[s3]' and give AWS credentials that may read it",
+        }.get(url.partition(":")[0], "make it public")
         refuse(url, "may not be read", f"status {answer.status}", todo)
     refuse(url, "cannot be read", f"status {answer.status}")
 

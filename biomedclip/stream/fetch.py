@@ -27,7 +27,7 @@ from pydantic import Field
 
 from biomedclip.config import Config
 from biomedclip.errors import DataError
-from biomedclip.stream.addresses import follow, hub, refuse, resolve, shown
+from biomedclip.stream.addresses import follow, hub, refuse, resolve, shown, sign
 from biomedclip.stream.answers import Found, judge
 from biomedclip.stream.budget import Budget
 from biomedclip.stream.cache import DiskCache, entry_name
@@ -177,7 +177,7 @@ class Fetcher:
         causes: Counter[str] = Counter()
         for attempt in range(1000):
             try:
-                answer, etag = self._ask(url, start, stop, deadline)
+                answer, etag = self._ask(url, start, stop, deadline, causes)
                 if optional and answer.status in _missing(url):
                     return None
                 return judge(answer, url, start, stop, etag)
@@ -202,8 +202,13 @@ class Fetcher:
             todo="resume the run when the host answers, or raise data.fetch.max_wait_s",
         ) from None  # fmt: skip
 
-    def _ask(self, url: str, start: int, stop: int | None, deadline: float) -> tuple[Answer, str | None]:
-        """The answer after redirects within the scheme, and the ETag that a redirecting host named."""
+    def _ask(
+        self, url: str, start: int, stop: int | None, deadline: float, met: Mapping[str, int]
+    ) -> tuple[Answer, str | None]:
+        """The answer after redirects within the scheme, and the ETag that a redirecting host named.
+
+        `met` are the causes of trouble so far: another address is tried once for each, then the status stands.
+        """
         wanted = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         most = _MAX_FILE if stop is None else max(stop - start, MAX_WHOLE)
         with self._lock:
@@ -225,7 +230,11 @@ class Fetcher:
             hops += 1
             etag = etag or answer.headers.get("X-Linked-Etag")
             target, own = follow(url, target, answer, own, hops)
-        if moved and answer.status in (400, 401, 403, 404, 410):
+        if not moved and answer.status == 403 and "not_public" not in met and (signed := sign(url)):
+            with self._lock:
+                self._moved[url] = (signed, time.monotonic() + _MOVED_S, None)
+            raise Trouble("not_public", "asked again with a signature")
+        if moved and answer.status in (400, 401, 403, 404, 410) and "expired" not in met:
             with self._lock:
                 self._moved.pop(url, None)  # a signed address that has expired
             raise Trouble("expired", f"status {answer.status}")

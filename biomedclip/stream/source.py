@@ -105,9 +105,7 @@ def locate(
 
 def mirror_dataset(url: str, fetcher: Fetcher) -> Path:
     """A folder in the cache with the manifest, indexes and tombstones of a remote dataset folder, hashes checked."""
-    stored = fetcher.read_file(f"{url}/{MANIFEST}", optional=True)
-    if stored is None:
-        raise DataError(shown(url), "holds no finished dataset", found=f"no {MANIFEST}", todo="check the address")
+    stored = fetcher.read_file(f"{url}/{MANIFEST}") or b""
     try:
         manifest = json.loads(stored)
         files = {s["name"].replace(".tar", ".parquet"): None for s in manifest["shards"]}
