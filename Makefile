@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/biomedclip demo --out $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow or fault"

@@ -169,6 +169,14 @@ def test_weights_of_the_recipe_reach_manifest_card_and_batch(skewed: Path) -> No
     assert {samples.label_names[n] for n in batch["labels"][:, 0].tolist()} == {"s: a", "s: b", "s: c"}
 
 
+def local_fetcher(folder: Path):
+    """What `read_rows` asks for remote sources, of which these tests have none."""
+    from biomedclip.stream.fetch import FetchConfig
+    from biomedclip.stream.source import FetcherHere
+
+    return FetcherHere(FetchConfig(cache=str(folder / "cache")))
+
+
 def test_a_set_without_weights_says_so(tmp_path: Path) -> None:
     from synthetic_shards import write_colours
 
@@ -176,7 +184,7 @@ def test_a_set_without_weights_says_so(tmp_path: Path) -> None:
 
     folder = write_colours(tmp_path / "colours")
     with pytest.raises(DataError, match="was compiled without class weights"):
-        read_rows([StreamSource(name="colours", path=folder, balance="weights")])
+        read_rows([StreamSource(name="colours", path=folder, balance="weights")], 0.0, local_fetcher(tmp_path))
 
 
 def test_the_size_exponent_mixes_sets_by_a_power_of_their_size(skewed: Path, tmp_path: Path) -> None:
@@ -186,7 +194,8 @@ def test_the_size_exponent_mixes_sets_by_a_power_of_their_size(skewed: Path, tmp
 
     folder = write_colours(tmp_path / "colours")
     sources = [StreamSource(name="s", path=skewed), StreamSource(name="c", path=folder, weight=2)]
-    sizes = [len(rows) for rows in read_rows(sources)[0]]
+    fetcher = local_fetcher(tmp_path)
+    sizes = [len(rows) for rows in read_rows(sources, 0.0, fetcher)[0]]
     for exponent in (0.0, 0.5, 1.0):
-        first, second = (source.weight for source in read_rows(sources, exponent)[1])
+        first, second = (source.weight for source in read_rows(sources, exponent, fetcher)[1])
         assert second / first == pytest.approx(2 * (sizes[1] / sizes[0]) ** exponent)

@@ -80,7 +80,9 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_an_interrupted_or_killed_caller(tmp_path, kind):
     script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import signal, sys; sys.path.insert(0, 'tests')\n"
+        # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from test_engines import write_pid_and_sleep\nfrom data_builders.engines import run_tasks\n"
         "if __name__ == '__main__':\n"
         f"    list(run_tasks(write_pid_and_sleep, [(n, {str(tmp_path)!r}) for n in range(4)], workers=2))\n"
