@@ -1,0 +1,94 @@
+"""An open_clip model around two towers that were built elsewhere, and the projections that end a tower.
+
+`TwoTowers` is open_clip's own `CustomTextCLIP` (encode_image, encode_text, logits, locking, gradient checkpointing)
+without its constructor, which knows only open_clip's towers. A tower is a module with `forward` to (B, D), `lock` and
+`set_grad_checkpointing`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from open_clip.model import CustomTextCLIP
+from torch import nn
+from torch.nn import functional as F
+
+from biomedclip.config import Config
+from biomedclip.errors import ConfigError
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # as in CLIP (Radford et al. 2021, section 2.3); checkpoints replace it
+
+
+class TwoTowers(CustomTextCLIP):  # type: ignore[misc]
+    """`encode_image` and `encode_text` to plain (B, D) tensors, with one learned temperature and no bias."""
+
+    def __init__(self, visual: nn.Module, text: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.visual, self.text = visual, text
+        self.context_length: Any = getattr(text, "context_length", None)
+        self.vocab_size: Any = getattr(text, "vocab_size", None)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_bias = None
+        self.output_dict = False
+
+
+class Tower(nn.Module):
+    """What open_clip asks of a tower beside `forward`: to be frozen, and to trade time for memory."""
+
+    trunk: nn.Module
+
+    def lock(self, *args: Any, **options: Any) -> None:
+        """Freeze the whole tower. Raises ConfigError where a part is to stay free, which these towers cannot do."""
+        if any(args) or options.get("unlocked_groups") or options.get("unlocked_layers"):
+            raise ConfigError(
+                type(self).__name__, "this tower can only be locked as a whole", todo="lock all or nothing"
+            )
+        self.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the trunk's activations in the backward pass, where the trunk can."""
+        trunk: Any = self.trunk
+        if hasattr(trunk, "set_grad_checkpointing"):
+            trunk.set_grad_checkpointing(enable)
+        elif enable and hasattr(trunk, "gradient_checkpointing_enable"):
+            trunk.gradient_checkpointing_enable()
+        elif hasattr(trunk, "gradient_checkpointing_disable"):
+            trunk.gradient_checkpointing_disable()
+
+
+class Projection(Config):
+    """From a tower's features to the embedding."""
+
+    kind: Literal["none", "linear", "mlp"] = "linear"
+    """`mlp`: Linear, GELU, Linear, the hidden layer as wide as the embedding."""
+    bias: bool = False
+    unit_features: bool = False
+    """Features are scaled to length 1 before they are projected (FLAIR and its descendants)."""
+
+
+class Head(nn.Module):
+    """Features (B, W) to embeddings (B, D)."""
+
+    def __init__(self, projection: Projection, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.unit_features = projection.unit_features
+        self.proj: nn.Module
+        if projection.kind == "none":
+            self.proj = nn.Identity()
+        elif projection.kind == "linear":
+            self.proj = nn.Linear(width, embed_dim, bias=projection.bias)
+        else:
+            self.proj = nn.Sequential(
+                nn.Linear(width, embed_dim, bias=projection.bias),
+                nn.GELU(),
+                nn.Linear(embed_dim, embed_dim, bias=projection.bias),
+            )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings of features, not normalised."""
+        if self.unit_features:
+            features = F.normalize(features, dim=-1)
+        embedding: torch.Tensor = self.proj(features)
+        return embedding
