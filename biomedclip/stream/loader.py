@@ -78,6 +78,9 @@ class Samples(Dataset[dict[str, Any]]):
         self._shards: list[Shards] = [open_shards(rows.place, rows.columns, self._fetcher) for rows in self.rows]
         self._is_remote = any(isinstance(shards, RemoteShards) for shards in self._shards)
         self._prepared: set[int] = set()
+        self.views: Mapping[str, int] = {}
+        """Source -> number of different augmentations of each sample, where a teacher's embeddings were stored for so
+        many; every epoch of other sources draws anew."""
         self.max_steps: int | None = None
         """Batches from here on are not asked for, so not read ahead either."""
 
@@ -109,7 +112,9 @@ class Samples(Dataset[dict[str, Any]]):
         """Training pixels (H, W, 3) uint8 and caption of one sample. Raises DataError where it cannot be read."""
         rows = self.rows[pick.source]
         key, where = rows.columns["key"][pick.row], f"{rows.place.where}: {rows.columns['key'][pick.row]}"
-        caption = choose_caption(self._captions(pick), self.seed, key, pick.epoch)
+        views = self.views.get(rows.source.name)
+        epoch = pick.epoch % views if views else pick.epoch
+        caption = choose_caption(self._captions(pick), self.seed, key, epoch)
         image = self._cache.get((pick.source, pick.row))
         if image is None:
             data = self._bytes(pick, "image")
@@ -120,7 +125,7 @@ class Samples(Dataset[dict[str, Any]]):
             self._remember(pick, image)
         preset = rows.source.augmentation
         change = find_preset(preset_for(rows.columns["modality"][pick.row]) if preset == "auto" else preset)
-        facts = (self.seed, rows.source.name, key, pick.epoch)
+        facts = (self.seed, rows.source.name, key, epoch)
         return augment(image, self.geometry, change, facts=facts, may_mirror=not names_side(caption)), caption
 
     def read_exact(self, source: int, row: int) -> tuple[np.ndarray, str]:
@@ -128,6 +133,10 @@ class Samples(Dataset[dict[str, Any]]):
         pick, rows = Pick(source, row, 0), self.rows[source]
         pixels = decode_exact(self._bytes(pick, "image"), self.geometry, rows.columns["key"][row])
         return pixels, self._captions(pick)[0]
+
+    def read_caption(self, source: int, row: int) -> str:
+        """First caption of one sample. Raises DataError where it cannot be read."""
+        return self._captions(Pick(source, row, 0))[0]
 
     def _read(self, wanted: Pick) -> tuple[Pick, np.ndarray, str, list[tuple[str, str, str]]]:
         """The picked sample or the first readable substitute, and (source, key, reason) of each one that failed."""
