@@ -174,8 +174,8 @@ def _missing_extra(error: ModuleNotFoundError) -> MissingExtra | None:
     from biomedclip.doctor import list_packages
 
     module = (error.name or "").split(".")[0]
-    distribution = {"open_clip": "open_clip_torch", "sklearn": "scikit-learn"}.get(module, module)
-    wanted = distribution.replace("_", "-").lower()
+    names = {"cv2": "opencv-python-headless", "open_clip": "open_clip_torch", "sklearn": "scikit-learn"}
+    wanted = names.get(module, module).replace("_", "-").lower()
     for package in list_packages():
         if package.name.replace("_", "-").lower() == wanted and package.installed is None:
             return MissingExtra(package.extra, module)

@@ -56,7 +56,7 @@ MODALITIES: dict[str, tuple[str, ...]] = {
     "chart": ("chart",),
     "diagram": ("diagram",),
 }  # fmt: skip
-"""Modality -> concepts that name the technique. Keys are spelt so that `biomedclip.stream.decode` knows them."""
+"""Modality -> concepts that name the technique. Keys are spelt so that `biomedclip.stream.presets` knows them."""
 
 IMPLIED: dict[str, tuple[str, ...]] = {
     "mri": ("t1", "t2", "flair", "dwi", "stir", "fat_suppression", "spin_echo", "ir", "tractography"),

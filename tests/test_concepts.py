@@ -9,7 +9,7 @@ from importlib import resources
 
 import pytest
 
-from biomedclip.stream.decode import preset_for
+from biomedclip.stream.presets import preset_for
 from data_builders.concepts import ABSORBED, BLOCKER, IMPLIED, MODALITIES, modality_of, tag_caption
 
 RULES = resources.files("data_builders") / "concept_rules"
@@ -102,7 +102,7 @@ def test_the_rules_are_small_clean_and_of_known_labels() -> None:
 
 def test_augmentation_knows_our_modalities() -> None:
     assert {name: preset_for(name) for name in ("ct", "x-ray", "histopathology", "endoscopy", "chart")} == {
-        "ct": "radiology", "x-ray": "radiology", "histopathology": "microscopy", "endoscopy": "photograph",
+        "ct": "radiology", "x-ray": "radiology", "histopathology": "pathology", "endoscopy": "endoscopy",
         "chart": "figure",
     }  # fmt: skip
 

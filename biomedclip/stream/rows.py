@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.stream.plan import PlanSource, mixing_weights
+from biomedclip.stream.presets import Augmentation
 from biomedclip.stream.source import FetcherHere, Place, locate
 
 _READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "image_crc32", "text_offset",
@@ -39,8 +40,8 @@ class StreamSource:
     balance: bool | Literal["weights"] = False
     """True: every class (first label of a sample) takes the same share of the source, however many samples it has.
     `weights`: a sample is used as often as the class weights say that the data set was compiled with."""
-    augmentation: str = "auto"
-    """A preset of `biomedclip.stream.decode`, or `auto`: by each sample's modality."""
+    augmentation: str | Augmentation = "auto"
+    """A preset of `biomedclip.stream.presets`, an augmentation, or `auto`: by each sample's modality."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from biomedclip.config import Config
 from biomedclip.stream.fetch import FetchConfig
+from biomedclip.stream.presets import Augmentation, resolve_setting
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -58,8 +59,9 @@ class SourceConfig(Config):
     balance: bool | Literal["weights"] = False
     """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
     data set's recipe asked for when it was compiled."""
-    augmentation: str = "auto"
-    """Preset of `biomedclip.stream.decode`: auto (by modality), none, figure, radiology, microscopy, photograph."""
+    augmentation: Annotated[str | Augmentation, AfterValidator(resolve_setting)] = "auto"
+    """auto (by each sample's modality), a preset (`biomedclip data augmentations` shows them), a .yaml file, or the
+    settings themselves: `{like: radiology, turn_deg: 4}`. A run records what a file said."""
 
     @model_validator(mode="after")
     def _says_where(self) -> SourceConfig:
@@ -111,13 +113,31 @@ class ScheduleConfig(Config):
 
 
 class LossConfig(Config):
-    """CLIP's loss, and what to do about pairs that are no true negatives."""
+    """The contrastive loss, and what to do about pairs that are no true negatives."""
 
+    name: Literal["clip", "siglip", "infoloob", "alip"] = "clip"
+    """clip: softmax over the batch, both ways. siglip: a yes or no for each pair; the model needs a logit bias.
+    infoloob: clip without the own pair in the sum, CLOOB's loss. alip: clip with samples weighted by how well their
+    two captions agree."""
+    hopfield_beta: Positive | None = None
+    """infoloob: retrieve embeddings from the batch first, as CLOOB does (8 to 14.3 there)."""
     soft_targets: Share = 0.0
     """How far targets follow label overlap: 0 is plain CLIP, 1 shares the target fully among equal labels."""
     same_article: Literal["negative", "ignore"] = "negative"
-    """Whether two figures of one article are negatives of each other."""
+    """Whether two figures of one article are negatives of each other; pairs that share a soft target never are."""
+    same_caption: Literal["negative", "ignore"] = "negative"
+    """Whether two samples with the same caption are negatives of each other."""
     max_logit_scale: Positive = 100.0
+    learn_logit_scale: bool = True
+    """Whether the logit scale is trained; CLOOB keeps it at 30."""
+    tile: Annotated[int, Field(ge=0)] = 0
+    """Side of the tiles that the loss is computed in: memory grows with it, the value does not. 0: by device."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LossConfig:
+        if self.hopfield_beta and self.name != "infoloob":
+            raise ValueError("hopfield_beta needs name: infoloob")
+        return self
 
 
 class CheckpointConfig(Config):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from biomedclip.stream.decode import Geometry, find_preset
+from biomedclip.stream.decode import Geometry
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
 from biomedclip.stream.plan import Pick
 from biomedclip.stream.text import Tokenise
@@ -85,8 +85,5 @@ class ValidationBatches:
 
 
 def stream_sources(config: DataConfig) -> list[StreamSource]:
-    """The sources of a config as the stream takes them. Raises ConfigError for an unknown augmentation preset."""
-    for source in config.sources:
-        if source.augmentation != "auto":
-            find_preset(source.augmentation)
-    return [StreamSource(**source.model_dump()) for source in config.sources]
+    """The sources of a config as the stream takes them."""
+    return [StreamSource(**{**source.model_dump(), "augmentation": source.augmentation}) for source in config.sources]
