@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from biomedclip.errors import ConfigError, DataError, MissingExtra
+from biomedclip.stream.faults import Fault
 from biomedclip.stream.transport import Answer
 
 _SCHEMES = ("https", "http", "hf", "s3")
@@ -127,6 +128,8 @@ def shown(url: str) -> str:
     return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def refuse(url: str, wrong: str, found: str | None = None, todo: str | None = None) -> NoReturn:
-    """Raise the DataError that says so of a URL."""
-    raise DataError(shown(url), wrong, found=found, todo=todo)
+def refuse(
+    url: str, wrong: str, found: str | None = None, todo: str | None = None, kind: type[Fault] = Fault
+) -> NoReturn:
+    """Raise the Fault that says so of a URL."""
+    raise kind(shown(url), wrong, found=found, todo=todo)

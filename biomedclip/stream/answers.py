@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 from biomedclip.stream.addresses import refuse
+from biomedclip.stream.faults import Missing, Replaced
 from biomedclip.stream.transport import Answer, Trouble
 
 
@@ -49,18 +50,19 @@ def judge(answer: Answer, url: str, start: int, stop: int | None, etag: str | No
     if answer.status >= 500 or answer.status == 408:
         raise Trouble("server_error", f"status {answer.status}")
     if answer.status in (404, 410):
-        refuse(url, "is missing", f"status {answer.status}", "check the address")
+        refuse(url, "is missing", f"status {answer.status}", "check the address", Missing)
     if answer.status == 416:
         size = (headers.get("Content-Range") or "").rpartition("/")[2]
         if size.isdecimal() and int(size) == 0 == start:
             return Found(b"", 0, etag)
-        refuse(url, "was replaced or cut off since its index was read", f"no byte {start}", "upload the tar again")
+        refuse(url, "was replaced or cut off since its index was read", f"no byte {start}", "upload the tar again",
+               Replaced)  # fmt: skip
     if answer.status in (401, 403):
         todo = {
             "hf": "log in with `hf auth login`, or ask for access",
             "s3": "make it public, or run: pip install 'biomedclip[s3]' and give AWS credentials that may read it",
         }.get(url.partition(":")[0], "make it public")
-        refuse(url, "may not be read", f"status {answer.status}", todo)
+        refuse(url, "may not be read", f"status {answer.status}", todo, Missing)
     refuse(url, "cannot be read", f"status {answer.status}")
 
 

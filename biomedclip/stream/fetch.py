@@ -31,6 +31,7 @@ from biomedclip.stream.addresses import follow, hub, refuse, resolve, shown, sig
 from biomedclip.stream.answers import Found, judge
 from biomedclip.stream.budget import Budget
 from biomedclip.stream.cache import DiskCache, entry_name
+from biomedclip.stream.faults import CutOff, Missing, Replaced
 from biomedclip.stream.transport import Answer, Transport, Trouble
 
 MAX_GAP = 64 << 10
@@ -154,7 +155,7 @@ class Fetcher:
         """Bytes of a file, fewer where it ends before `stop`, with its size and ETag; never from the cache."""
         found = self._fetch(url, start, stop, False)
         if found is None:
-            refuse(url, "is missing")
+            refuse(url, "is missing", kind=Missing)
         return found
 
     def _read_block(self, block: Sequence[Span]) -> bytes:
@@ -164,9 +165,11 @@ class Fetcher:
             known = first.etag or self._etags.setdefault(first.url, found.etag or "")
         if known not in ("", found.etag) or first.total not in (None, found.total):
             seen = f"ETag {found.etag} and {found.total} bytes, not {known or '?'} and {first.total or '?'}"
-            refuse(first.url, "was replaced since its index was read", seen, "start a new run with its new index")
+            refuse(
+                first.url, "was replaced since its index was read", seen, "start a new run with its new index", Replaced
+            )
         if len(found.data) < stop - first.start:
-            refuse(first.url, "is cut off", f"{found.total} of at least {stop} bytes", "upload the tar again")
+            refuse(first.url, "is cut off", f"{found.total} of at least {stop} bytes", "upload the tar again", CutOff)
         for span in block:
             self.cache.write(_name(span), found.data[span.start - first.start : span.stop - first.start])
         return found.data
