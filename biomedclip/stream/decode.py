@@ -30,8 +30,6 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 MAX_ENLARGED = 1.25
 """The smallest view an augmentation may draw is enlarged by at most this: what scaled decoding may take away."""
 
-_TURNED = (b"Exif\0", b"tiff:Orientation")
-
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -92,8 +90,15 @@ def read_reduced(
     return pixels
 
 
-def _orientation(data: bytes) -> int:
-    return int(Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(0x0112, 1))
+def _has_app1(data: bytes) -> bool:
+    """Whether a segment before the first scan may hold EXIF or XMP, which Pillow takes long to find missing."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) != b"\xda":
+        if marker == b"\xe1":
+            return True
+        # A marker may be padded by any number of bytes 0xff.
+        place += 1 if marker == b"\xff" else 2 + int.from_bytes(data[place + 2 : place + 4])
+    return False
 
 
 def _reducible(width: int, height: int, geometry: Geometry, change: Augmentation) -> float:
@@ -108,8 +113,7 @@ def _read_jpeg(data: bytes, geometry: Geometry, change: Augmentation) -> np.ndar
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours == "CMYK" or width * height > MAX_PIXELS:
             return None
-        # Few figures say how they are turned, in EXIF or in XMP, and Pillow takes long to find that they do not.
-        if any(word in data for word in _TURNED) and _orientation(data) != 1:
+        if _has_app1(data) and Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(0x0112, 1) != 1:
             return None
         # libjpeg's other scales, such as 5/8, take longer than decoding the whole picture.
         allowed = _reducible(width, height, geometry, change)
