@@ -1,27 +1,29 @@
-"""A name, folder or file to `(model, preprocess, tokenizer)`, in open_clip's conventions.
+"""A name, Hub id, folder or file to `(model, preprocess, tokenizer)`, in open_clip's conventions.
 
-Accepts what open_clip accepts (`ViT-B-32/openai`, `hf-hub:…`, `local-dir:…`), the folders this project writes (a run,
-one of its checkpoints, an export) and the architectures it ships. Towers, weights, transforms and tokenizers are
-open_clip's; what is added is that a name never yields random weights unless they are asked for, that a wrong name
-says what was meant, and that a local folder is read without a request to anywhere.
+Accepts the released models of the zoo by name or Hub id, the folders this project, open_clip and transformers' CLIP
+write, the architectures shipped here, and open_clip's own `ARCHITECTURE/TAG`. A name never yields random weights
+unless they are asked for, image and text side come with the weights, every key must fit, no file may run code, and
+what is in the cache is loaded without a request to anywhere. `model.load_report` says what was loaded.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomedclip.errors import CheckpointError, MissingExtra
+from biomedclip.models.build import Loaded, LoadReport, Parts, WeightsFile, assemble, model_config, quiet
 from biomedclip.models.catalog import architecture_folder, list_architectures
-from biomedclip.models.export import CONFIG_FILE
+from biomedclip.models.folders import CONFIG_FILE, FACTS_FILE, HubPlace, folder_place, read_place
+from biomedclip.models.hub import fetch, file_hash
+from biomedclip.models.preprocess import ImageTransform, open_clip_config, transform_from_open_clip
+from biomedclip.models.tokenise import make_tokenizer
+from biomedclip.models.zoo import File, ReleasedModel, find_model, list_names, read_zoo
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a name stands for: the name open_clip knows it by, its weights, and its model config."""
+    """What a name stands for: the model config that open_clip builds it from."""
 
     name: str
-    """As open_clip takes it: an architecture, `local-dir:…` or `hf-hub:…`."""
     pretrained: str | None
-    """Tag of the weights for an architecture; None for folders and repositories, which bring theirs."""
+    """Tag of the weights for an architecture of open_clip; None for what brings its own."""
     model_cfg: dict[str, Any]
 
 
@@ -44,42 +45,220 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    checkpoint: str | Path | None = None,
+    local_files_only: bool = False,
+    trust_pickle: bool = False,
     random_init: bool = False,
-    preprocess: dict[str, Any] | None = None,
-) -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
+    preprocess: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, ImageTransform, Callable[..., Any]]:
     """`(model, preprocess, tokenizer)`, the model in evaluation mode.
 
-    `name` is a run folder, checkpoint folder or export; an open_clip architecture with a tag, such as
-    `ViT-B-32/openai`; an architecture shipped here with `random_init=True`; or an `hf-hub:` or `local-dir:` string.
-    `preprocess` overrides entries of the model's preprocessing (mean, std, interpolation, resize_mode). Raises
-    CheckpointError where the name is unknown, a file is missing or broken, or weights do not fit.
+    `name` is a released model (`biomedclip models`), a Hub id, a run folder, checkpoint folder or export, an open_clip
+    architecture with a tag (`ViT-B-32/openai`), or an architecture shipped here with `random_init=True`. `checkpoint`
+    is a file (or folder of files) of the named model that lies elsewhere; `revision` another commit of its repository
+    than the pinned one. `trust_pickle` opens a pickle that needs more than tensors, which runs the code in it.
+    `preprocess` overrides mean, std, interpolation or resize_mode. Raises CheckpointError where the name is unknown, a
+    file is missing, broken or not the published one, or weights do not fit.
     """
-    open_clip = _import_open_clip()
-    origin = find_origin(name, random_init=random_init)
-    known = {} if preprocess is None else {"force_preprocess_cfg": preprocess}
-    with _one_error(name), _quiet():
-        model = open_clip.create_model(
-            origin.name, pretrained=None if random_init else origin.pretrained, load_weights=not random_init,
-            require_pretrained=not random_init, pretrained_text=False, device=device, **known,
+    parts = find_parts(
+        name, revision=revision, checkpoint=checkpoint, local_files_only=local_files_only, random_init=random_init,
+        preprocess=preprocess,
+    )  # fmt: skip
+    if isinstance(parts, Origin):
+        return _load_tag(parts, name, device=device, dtype=dtype, random_init=random_init, preprocess=preprocess)
+    return assemble(parts, device=device, dtype=dtype, trust_pickle=trust_pickle)
+
+
+def find_parts(
+    name: str | Path, *, revision: str | None = None, checkpoint: str | Path | None = None,
+    local_files_only: bool = False, random_init: bool = False, preprocess: Mapping[str, Any] | None = None,
+) -> Parts | Origin:  # fmt: skip
+    """What a name stands for, with its files on this disk; an Origin where open_clip itself must load it."""
+    text = str(name)
+    path = Path(text.removeprefix("local-dir:"))
+    model = None if isinstance(name, Path) or text.startswith("local-dir:") else find_model(text)
+    # A folder that happens to be called like a model is named by a path: ./biomedclip.
+    if model is not None and not ("/" in text and path.is_dir()):
+        return released_parts(
+            model, revision=revision, checkpoint=checkpoint, local_files_only=local_files_only,
+            random_init=random_init, preprocess=preprocess,
         )  # fmt: skip
-        tokenizer = open_clip.get_tokenizer(origin.name)
-    if dtype is not None:
-        model = model.to(dtype=dtype)
-    transform = _evaluation_transform(model)
-    return model.eval(), transform, tokenizer
+    if text.startswith("local-dir:") or path.is_dir():
+        export = find_export(path)
+        parts = read_place(
+            folder_place(export), str(export), overrides=preprocess, local_files_only=local_files_only,
+            weights=not random_init,
+        )  # fmt: skip
+    elif path.is_file():
+        return _parts_of_file(path, local_files_only=local_files_only, preprocess=preprocess)
+    elif re.fullmatch(r"(hf-hub:)?[\w.-]+/[\w.-]+", text) and _is_hub_id(text):
+        repo = text.removeprefix("hf-hub:")
+        place = HubPlace(repo, revision, local_files_only)
+        parts = read_place(
+            place, repo, overrides=preprocess, local_files_only=local_files_only, weights=not random_init
+        )  # fmt: skip
+        if parts is None:
+            raise CheckpointError(
+                repo, f"has neither {CONFIG_FILE} nor a config.json, so nothing says what its weights are",
+                todo="name a model of the zoo and the file: load(MODEL, checkpoint=PATH)",
+            )  # fmt: skip
+        parts.revision = revision
+    else:
+        return _find_architecture(text, random_init=random_init)
+    if parts is None:
+        raise CheckpointError(path, f"holds no {CONFIG_FILE}", todo="name a run folder or an export")
+    return _with_checkpoint(parts, checkpoint) if checkpoint is not None else parts
+
+
+def released_parts(
+    model: ReleasedModel, *, revision: str | None = None, checkpoint: str | Path | None = None,
+    local_files_only: bool = False, random_init: bool = False, preprocess: Mapping[str, Any] | None = None,
+) -> Parts:  # fmt: skip
+    """A released model with its files on this disk. Raises CheckpointError where one cannot be had."""
+    beside = Path(checkpoint) if checkpoint is not None else None
+    if beside is not None and beside.is_file():
+        beside = beside.parent
+    companions: dict[str, Path] = {}
+    for file in model.files_of("tokenizer"):
+        found = _beside(beside, file) or fetch(model, file, revision=revision, local_files_only=local_files_only)
+        if found is not None:
+            companions[Path(file.paths[0]).name] = found
+    weights: list[WeightsFile] = []
+    if not random_init:
+        weights = [
+            _weights_file(model, file, checkpoint, revision, local_files_only) for file in model.files_of("weights")
+        ]
+    own = revision if revision is not None else model.source.revision if checkpoint is None else None
+    transform = ImageTransform(model.preprocess.steps)
+    return Parts(
+        where=model.name, architecture=model.architecture, keys=model.keys, facts=model, weights=weights, revision=own,
+        transform=_override(transform, preprocess, model.name) if preprocess else transform,
+        tokenise=make_tokenizer(model.tokenizer, companions, model.name), companions=companions,
+    )  # fmt: skip
 
 
 def find_origin(name: str | Path, *, random_init: bool = False) -> Origin:
-    """What open_clip must be asked for `name`. Raises CheckpointError for a name that is none, with the nearest one."""
+    """The open_clip config of what `name` stands for. Raises CheckpointError for a name that is none, with the
+    nearest one, and for a model whose towers open_clip cannot express."""
+    model = None if isinstance(name, Path) else find_model(str(name))
+    if model is not None and not ("/" in str(name) and Path(name).is_dir()):
+        return Origin(name=model.name, pretrained=None, model_cfg=model_config(model.architecture))
+    parts = find_parts(name, random_init=random_init)
+    if isinstance(parts, Origin):
+        return parts
+    return Origin(name=str(name), pretrained=None, model_cfg=model_config(parts.architecture))
+
+
+def find_export(folder: str | Path) -> Path:
+    """The folder with the newest weights under a run, checkpoint or export folder.
+
+    A finished run's `final`, else its last checkpoint. Raises CheckpointError where there is none.
+    """
+    folder = Path(folder)
+    candidates = [folder, folder / "final", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)]
+    for candidate in candidates:
+        if any((candidate / name).exists() for name in (CONFIG_FILE, FACTS_FILE)):
+            return candidate
+    if (folder / "config.json").exists():
+        return folder
+    wrong = f"holds no {CONFIG_FILE}, neither itself nor in final/ or checkpoints/"
+    if not folder.is_dir():
+        wrong = "there is no such folder"
+    elif (folder / "run.json").exists():
+        wrong = "is a run that has saved no checkpoint yet"
+    raise CheckpointError(folder, wrong, todo="name a run folder, or a folder in open_clip's format")
+
+
+def register_architectures() -> None:
+    """Make the shipped architectures known to open_clip, beside its own. Repeating it changes nothing."""
     open_clip = _import_open_clip()
-    text = str(name)
+    if not set(list_architectures()) <= set(open_clip.list_models()):
+        open_clip.add_model_config(architecture_folder())
+
+
+def _weights_file(
+    model: ReleasedModel, file: File, checkpoint: str | Path | None, revision: str | None, local_files_only: bool
+) -> WeightsFile:
+    if checkpoint is None:
+        path = fetch(model, file, revision=revision, local_files_only=local_files_only)
+        pinned = file.sha256 if revision is None else None
+        if path is None:
+            raise CheckpointError(model.name, f"has no file {file.paths[0]}", todo="give checkpoint=PATH")
+        return WeightsFile(path=path, prefix=file.prefix, member=file.member, sha256=pinned)
+    given = Path(checkpoint)
+    wanted = len(model.files_of("weights"))
+    if given.is_dir():
+        found = _beside(given, file)
+        if found is None:
+            raise CheckpointError(given, f"holds no {' or '.join(file.paths)}, which {model.name} needs",
+                                  todo="name the file itself, or put it there")  # fmt: skip
+        given = found
+    elif wanted > 1:
+        raise CheckpointError(given, f"is one file, and {model.name} needs {wanted}",
+                              todo="give the folder that holds them all")  # fmt: skip
+    if not given.is_file():
+        raise CheckpointError(given, "there is no such file", todo=f"check checkpoint= for {model.name}")
+    # The member of an archive may be given unpacked.
+    member = file.member if file.member and given.suffix in (".zip", ".tar", ".gz", ".tgz") else None
+    return WeightsFile(path=given, prefix=file.prefix, member=member)
+
+
+def _beside(folder: Path | None, file: File) -> Path | None:
+    if folder is None:
+        return None
+    names = [name for path in file.paths for name in (path, Path(path).name)]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _parts_of_file(path: Path, *, local_files_only: bool, preprocess: Mapping[str, Any] | None) -> Parts:
+    """The parts for a bare weights file: of the folder it lies in, or of the zoo where its name or hash is known."""
+    place = folder_place(path.parent)
+    parts = read_place(place, str(path), overrides=preprocess, local_files_only=local_files_only, weights=False)
+    if parts is not None:
+        return _with_checkpoint(parts, path)
+    models = read_zoo()
+    named = [m for m in models if any(path.name in map(_last, f.paths) for f in m.files_of("weights"))]
+    fitting = [m for m in models if any(f.sha256 and f.sha256 == file_hash(path) for f in m.files_of("weights"))]
+    if len(fitting or named) == 1:
+        return released_parts(
+            (fitting or named)[0], checkpoint=path, local_files_only=local_files_only, preprocess=preprocess
+        )
+    some = ", ".join(m.name for m in named[:6]) or "none of the zoo by name or sha256"
+    raise CheckpointError(
+        path, "is a weights file, and nothing beside it says of which model", found=some,
+        todo=f"name it: load('{named[0].name if named else 'MODEL'}', checkpoint='{path}')",
+    )  # fmt: skip
+
+
+def _last(path: str) -> str:
+    return Path(path).name
+
+
+def _with_checkpoint(parts: Parts, checkpoint: str | Path) -> Parts:
+    return replace(parts, weights=[WeightsFile(path=Path(checkpoint))])
+
+
+def _override(transform: ImageTransform, changes: Mapping[str, Any], where: str) -> ImageTransform:
+    config = open_clip_config(transform)
+    if config is None:
+        raise CheckpointError(where, "has an image pipeline of its own, which cannot be overridden",
+                              found=", ".join(changes), todo="leave preprocess= out")  # fmt: skip
+    return transform_from_open_clip({**config, **changes})
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether `a/b` is meant as a Hub repository, and not as an open_clip architecture with a tag."""
     if text.startswith("hf-hub:"):
-        with _one_error(name), _quiet():
-            return Origin(name=text, pretrained=None, model_cfg=open_clip.get_model_config(text))
-    folder = Path(text.removeprefix("local-dir:"))
-    if text.startswith("local-dir:") or folder.is_dir():
-        export = find_export(folder)
-        return Origin(name=f"local-dir:{export}", pretrained=None, model_cfg=_read_config(export)["model_cfg"])
+        return True
+    register_architectures()
+    owner = text.partition("/")[0]
+    return not difflib.get_close_matches(owner, _import_open_clip().list_models(), n=1, cutoff=0.8)
+
+
+def _find_architecture(text: str, *, random_init: bool) -> Parts | Origin:
+    """An architecture with a tag of open_clip, or one for random weights. Raises CheckpointError with the nearest."""
+    open_clip = _import_open_clip()
     register_architectures()
     architecture, _, tag = text.partition("/")
     model_cfg = open_clip.get_model_config(architecture)
@@ -96,39 +275,24 @@ def find_origin(name: str | Path, *, random_init: bool = False) -> Origin:
     return Origin(name=architecture, pretrained=tag, model_cfg=model_cfg)
 
 
-def find_export(folder: str | Path) -> Path:
-    """The folder with the newest weights under a run, checkpoint or export folder.
-
-    A finished run's `final`, else its last checkpoint. Raises CheckpointError where there is none.
-    """
-    folder = Path(folder)
-    candidates = [folder, folder / "final", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)]
-    for candidate in candidates:
-        if (candidate / CONFIG_FILE).exists():
-            return candidate
-    wrong = f"holds no {CONFIG_FILE}, neither itself nor in final/ or checkpoints/"
-    if not folder.is_dir():
-        wrong = "there is no such folder"
-    elif (folder / "run.json").exists():
-        wrong = "is a run that has saved no checkpoint yet"
-    raise CheckpointError(folder, wrong, todo="name a run folder, or a folder in open_clip's format")
-
-
-def register_architectures() -> None:
-    """Make the shipped architectures known to open_clip, beside its own. Repeating it changes nothing."""
+def _load_tag(
+    origin: Origin, name: str | Path, *, device: Any, dtype: Any, random_init: bool,
+    preprocess: Mapping[str, Any] | None,
+) -> Loaded:  # fmt: skip
+    """An open_clip architecture with its tag's weights, or random ones, through open_clip's own loading."""
     open_clip = _import_open_clip()
-    if not set(list_architectures()) <= set(open_clip.list_models()):
-        open_clip.add_model_config(architecture_folder())
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        config["model_cfg"]["embed_dim"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(path, "is no open_clip config", found=repr(error)[:80], todo="export it again") from None
-    return config
+    known = {} if preprocess is None else {"force_preprocess_cfg": dict(preprocess)}
+    with _one_error(name), quiet():
+        model = open_clip.create_model(
+            origin.name, pretrained=None if random_init else origin.pretrained, load_weights=not random_init,
+            require_pretrained=not random_init, pretrained_text=False, device=device, **known,
+        )  # fmt: skip
+        tokenizer = open_clip.get_tokenizer(origin.name)
+    if dtype is not None:
+        model = model.to(dtype=dtype)
+    model.load_report = LoadReport(name=f"{name}, loaded by open_clip", revision=None, files=())
+    model.text_config, model.companions, model.facts = None, {}, None
+    return model.eval(), transform_from_open_clip(model.visual.preprocess_cfg), tokenizer
 
 
 @contextmanager
@@ -140,44 +304,19 @@ def _one_error(name: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except UnpicklingError as error:
-        raise CheckpointError(
-            name, "holds a pickle of more than tensors, which is never loaded", todo="ask its publisher for safetensors"
-        ) from error
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
         text = " ".join(str(error).split())
         offline = "no offline copy" if re.search(r"offline|connect|resolve|LocalEntryNotFound", text, re.I) else None
         todo = "download it once with access to the Hub, or name a local folder" if offline else "check the files"
         raise CheckpointError(name, "cannot be loaded", found=text[:300], todo=todo) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep open_clip's advice to the log out of the user's sight: what matters is raised."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # open_clip says itself which of the two activations it takes; the tag decides, as it does there.
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _evaluation_transform(model: nn.Module) -> Callable[..., Any]:
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    visual: Any = model.visual
-    return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
-
-
 def _suggest(name: str, known: list[str]) -> str:
-    lower = {entry.lower(): entry for entry in [*list_architectures(), *known]}
+    lower = {entry.lower(): entry for entry in [*list_names(), *list_architectures(), *known]}
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     if near:
         return f"did you mean '{lower[near[0]]}'?"
-    return "name a folder, an open_clip model such as ViT-B-32/openai, or hf-hub:owner/repository"
+    return "name a folder, an open_clip model such as ViT-B-32/openai, hf-hub:owner/name, or one of `biomedclip models`"
 
 
 def _import_open_clip() -> Any:

@@ -44,10 +44,12 @@ exceptions (missing: buffers only), each of which the report counts.
 
     {mode: RGB | L}                         PIL's convert
     {minmax: true}                          stretch the image's own range to 0..255, uint8 (BioViL)
-    {pad: square, fill: 0}                  centred, to the longer side
+    {pad: square, fill: 0}                  centred, to the longer side; with `size` at least to that
     {pad: bottom-right, size: 512, fill: 0}
     {resize: shortest | longest | squash, size: 224, interpolation: bicubic | bilinear, antialias: true}
-    {crop: center, size: 224, rounding: half-even | floor}   half-even is torchvision's, floor is transformers'
+                                            `rounding: floor` cuts the longer side down (`longest` rounds otherwise)
+    {crop: center, size: 224, rounding: half-even | floor}   half-even is torchvision's, floor is transformers';
+                                            a smaller image is padded with `fill`
     {channels: 3}                           repeat a grey channel
     {tensor: 255}                           float32 (C, H, W), divided by this; 1 keeps 0..255
     {normalize: [mean, std]}                `clip`, `imagenet`, `half`, or a pair of lists (or of numbers)
@@ -207,7 +209,7 @@ class Keys(Config):
     safe_globals: tuple[SafeGlobal, ...] = ()
 
 
-Pair = tuple[tuple[float, ...], tuple[float, ...]]
+Numbers = tuple[float, ...]
 
 
 class Step(Config):
@@ -220,9 +222,10 @@ class Step(Config):
     crop: Literal["center"] | None = None
     channels: Literal[3] | None = None
     tensor: Literal[255, 1] | None = None
-    normalize: Literal["clip", "imagenet", "half"] | Pair | None = None
+    normalize: Literal["clip", "imagenet", "half"] | tuple[Numbers, Numbers] | None = None
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
+    """Pixels; a pair is height, width."""
     fill: int = 0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
@@ -271,6 +274,8 @@ class Tokenizer(Config):
     pad_id: int = 0
     lower: bool = True
     """wordpiece: lower case and strip accents (uncased BERT)."""
+    clean: Literal["open_clip", "none"] = "none"
+    """`open_clip`: mend encoding, resolve HTML entities and runs of spaces first, as its tokenizers do."""
     batch_invariant: bool = True
     """False: the published embedding depends on the padding; then `exception` says how."""
     exception: str | None = None
