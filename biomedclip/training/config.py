@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from biomedclip.config import Config
 from biomedclip.stream.fetch import FetchConfig
 from biomedclip.stream.presets import Augmentation, resolve_setting
+from biomedclip.training.continual.config import ContinualConfig
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -102,6 +103,8 @@ class OptimConfig(Config):
     betas: tuple[Share, Share] = (0.9, 0.98)
     eps: Positive = 1e-6
     clip_norm: Positive | None = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the rate from one block to the one below it; 0.7 to 0.9 keeps what the lower blocks know."""
 
 
 class ScheduleConfig(Config):
@@ -110,6 +113,39 @@ class ScheduleConfig(Config):
     name: Literal["cosine", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     final_ratio: Share = 0.0
+
+
+class StageConfig(Config):
+    """A part of the run with smaller pictures."""
+
+    until_step: Count
+    size_px: Count
+
+
+class TowersConfig(Config):
+    """What of the towers is trained, and at what cost."""
+
+    lock_image: Annotated[int, Field(ge=0)] | None = None
+    """Locked image tower (LiT) but for its last so many groups; None: not locked."""
+    lock_text: Annotated[int, Field(ge=0)] | None = None
+    """Locked text tower but for its last so many layers; None: not locked."""
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the patches that each picture leaves out in training (FLIP); finish with a run without it."""
+    stages: tuple[StageConfig, ...] = ()
+    """Smaller pictures at first: `[{until_step: 8000, size_px: 112}]`; then the model's own size."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
+    compile: bool = False
+    """Compile the towers with torch.compile; the first steps take minutes."""
+    text_buckets: Count = 2
+    """Parts by length that the texts of a batch go through the tower in, padded each to its own longest; same loss."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> TowersConfig:
+        steps = [stage.until_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"stages must end one after the other (found until_step {steps})")
+        return self
 
 
 class LossConfig(Config):
@@ -148,6 +184,9 @@ class CheckpointConfig(Config):
     every_minutes: NotNegative = 10.0
     """0: not by time."""
     keep_last: Count = 2
+    best: str | None = None
+    """Also keep the checkpoint with the best value of this column of metrics.csv, such as
+    `val_image_to_text/recall@1`; `-val_loss` takes the lowest. Saved at each validation."""
 
 
 class ValidationConfig(Config):
@@ -169,14 +208,28 @@ class TrainConfig(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    """Samples that a process embeds at a time; 0: all of its share. The loss sees the whole batch either way, and the
+    gradients are the same: memory falls, time rises by a third."""
+    towers: TowersConfig = TowersConfig()
+    continual: ContinualConfig | None = None
+    """Methods against forgetting what the model knew: see docs/training.md."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     """Memory layout of images; twice as fast for convolutional towers on CPU and on tensor cores."""
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Count = 1
+    """Processes of this machine that train together, one a device."""
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
+    """How several processes share the work. auto: ddp. fsdp also shares weights, gradients and the optimizer's state,
+    for models that do not fit on one device."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of torch; 0: one for each core the process may use."""
     log_every_steps: Count = 10
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where the rows of metrics.csv also go."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
 
@@ -184,4 +237,9 @@ class TrainConfig(Config):
     def _warmup_ends(self) -> TrainConfig:
         if self.schedule.warmup_steps >= self.max_steps:
             raise ValueError(f"schedule.warmup_steps must be less than max_steps {self.max_steps}")
+        processes = self.devices * self.num_nodes
+        if self.batch_size % processes:
+            raise ValueError(f"batch_size must be a multiple of the {processes} processes (found {self.batch_size})")
+        if self.strategy == "fsdp" and (self.towers.stages or self.precision == "fp16"):
+            raise ValueError("fsdp goes with neither towers.stages nor precision fp16; take ddp or bf16")
         return self

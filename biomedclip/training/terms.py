@@ -27,6 +27,8 @@ class StepTensors:
     """(b, D) of the student, with gradient."""
     text: Tensor
     """(b, D) of the student, with gradient."""
+    second_text: Tensor | None = None
+    """(b, D) of the samples' second captions, where the objective asks for them."""
     logit_scale: Tensor
     """Scalar factor of the cosines (exponentiated), with gradient."""
     logit_bias: Tensor | None = None
@@ -101,7 +103,12 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Continual:
-    """What continual pretraining adds to a run: its terms, and the teacher where one of them needs it."""
+    """What continual pretraining adds to a run: its terms, and the teacher where one of them needs it.
+
+    `train` makes it by `biomedclip.training.continual.terms.build_continual(config, folder=..., model=...,
+    tokenizer=..., data=...)` once the run's `start/` is written and before the model is wrapped or compiled; `data` is
+    the run's StreamData and `tokenizer` open_clip's.
+    """
 
     terms: tuple[Term, ...] = ()
     teacher: Teacher | None = None
