@@ -1,0 +1,76 @@
+"""Every model of the zoo against the hand-written list of its published tensors: names, shapes, rules, report."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from checkpoint_layouts import layout_names, read_layout
+
+from biomedclip.models.build import build_architecture, check_keys
+from biomedclip.models.convert import convert, expand
+from biomedclip.models.zoo import ReleasedModel, list_names, read_model
+
+
+def published(model: ReleasedModel, device: str = "meta") -> dict[str, torch.Tensor]:
+    """The tensors of all files of a model under their published keys, each file's with its prefix."""
+    files = model.files_of("weights")
+    layouts = read_layout(model.name)
+    assert len(layouts) == len(files)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, layout in zip(files, layouts, strict=True):
+        assert file.member or layout.path in file.paths, f"{layout.path} is not {file.paths}"
+        if layout.wrapper not in (None, "-"):
+            assert layout.wrapper in model.keys.unwrap
+        held = layout.tensors(device)
+        if layout.wrapper == "-":
+            held = {"": next(iter(held.values()))}
+        tensors |= {file.prefix + key: tensor for key, tensor in held.items()}
+    return tensors
+
+
+def built_on_meta(model: ReleasedModel) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build_architecture(model.architecture)
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_the_published_tensors_become_exactly_the_model_s(name):
+    model = read_model(name)
+    tensors, changes = convert(published(model), model.keys.rules, name)
+    expected = built_on_meta(model).state_dict()
+    missing, extra = check_keys(expected, tensors, model.keys, where=name, name=name)
+    assert not extra
+    assert len(tensors) == len(expected) - len(missing)
+    # A pattern that nothing needs is a leftover of another model's facts.
+    for pattern in model.keys.allow_missing:
+        assert any(re.search(pattern, key) for key in missing), f"allow_missing {pattern} is of no use"
+    for rule in model.keys.rules:
+        if rule.drop and not rule.optional:
+            assert any(re.search(rule.drop, key) for key in changes.dropped), f"drop {rule.drop} dropped nothing"
+    assert {rule.fill for rule in model.keys.rules if rule.fill} == set(changes.filled)
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_each_rule_is_needed(name):
+    model = read_model(name)
+    tensors = published(model)
+    whole = convert(tensors, model.keys.rules, name)[0]
+    for index, rule in enumerate(model.keys.rules):
+        rest = [r for number, r in enumerate(model.keys.rules) if number != index]
+        if rule.optional or len(expand([rule])) > 1:
+            continue
+        try:
+            without = convert(tensors, rest, name)[0]
+        except Exception as error:  # noqa: BLE001  (any failure shows that the rule is needed)
+            assert error
+            continue
+        same = {k: tuple(v.shape) for k, v in without.items()} == {k: tuple(v.shape) for k, v in whole.items()}
+        square = rule.verb == "transpose" and all(v.shape[0] == v.shape[1] for k, v in whole.items()
+                                                  if re.search(rule.transpose, k))  # fmt: skip
+        assert not same or square, f"rule {index} ({rule.verb}) changes nothing"
+
+
+def test_every_layout_has_a_model_and_every_model_a_layout():
+    assert set(list_names()) <= set(layout_names())
