@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from scipy.stats import mannwhitneyu
 from sklearn import metrics as sk
 
-from biomedclip.evaluation import metrics
+from biomedclip.evaluation import calibration, metrics
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 labels_and_scores = st.integers(1, 40).flatmap(
@@ -101,8 +101,9 @@ def test_what_is_undefined_is_nan_with_a_reason(y):
 def test_no_samples_are_undefined_for_every_metric():
     none, scores = np.zeros(0, int), np.zeros((0, 3))
     for value in (
-        metrics.calibration_error(none, scores), metrics.brier(none, scores), metrics.recall_at(none, 1),
-        metrics.negative_log_likelihood(none, scores), metrics.median_rank(none), metrics.mean_reciprocal_rank(none),
+        calibration.calibration_error(none, scores), calibration.brier(none, scores), metrics.recall_at(none, 1),
+        calibration.negative_log_likelihood(none, scores), metrics.median_rank(none),
+        metrics.mean_reciprocal_rank(none),
         metrics.macro_f1(metrics.confusion(none, none, 3)), metrics.macro_average_precision(none, scores),
         metrics.kappa(metrics.confusion(none, none, 3)),
     ):  # fmt: skip
@@ -119,18 +120,18 @@ def test_calibration_agrees_with_a_loop_over_right_closed_bins_and_with_sklearn(
         members = (top > low) & (top <= low + 1 / 15)
         if members.any():
             expected += members.mean() * abs(right[members].mean() - top[members].mean())
-    assert metrics.calibration_error(y, p) == pytest.approx(expected)
-    assert metrics.negative_log_likelihood(y, logits) == pytest.approx(sk.log_loss(y, p))
+    assert calibration.calibration_error(y, p) == pytest.approx(expected)
+    assert calibration.negative_log_likelihood(y, logits) == pytest.approx(sk.log_loss(y, p))
     two = metrics.softmax(logits[:, :2])
-    assert metrics.brier(y % 2, two) == pytest.approx(2 * sk.brier_score_loss(y % 2, two[:, 1]))
+    assert calibration.brier(y % 2, two) == pytest.approx(2 * sk.brier_score_loss(y % 2, two[:, 1]))
 
 
 def test_a_certain_mistake_has_a_finite_likelihood():
-    assert metrics.negative_log_likelihood([0], [[-2000.0, 2000.0]]) == pytest.approx(4000)
+    assert calibration.negative_log_likelihood([0], [[-2000.0, 2000.0]]) == pytest.approx(4000)
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(5, 3)) * 300
     expected = np.mean(logsumexp(logits, axis=1) - logits[:, 0])
-    assert metrics.negative_log_likelihood(np.zeros(5, int), logits) == pytest.approx(expected)
+    assert calibration.negative_log_likelihood(np.zeros(5, int), logits) == pytest.approx(expected)
 
 
 @FEW
@@ -156,9 +157,9 @@ ALL_WEIGHTED = {
     "kappa": lambda y, s, w: metrics.kappa(metrics.confusion(y, s.argmax(1), 4, w), "quadratic"),
     "auroc": lambda y, s, w: metrics.macro_auroc(y, s, w),
     "auprc": lambda y, s, w: metrics.macro_average_precision(y, s, w),
-    "ece": lambda y, s, w: metrics.calibration_error(y, metrics.softmax(s), w),
-    "brier": lambda y, s, w: metrics.brier(y, metrics.softmax(s), w),
-    "nll": lambda y, s, w: metrics.negative_log_likelihood(y, s, w),
+    "ece": lambda y, s, w: calibration.calibration_error(y, metrics.softmax(s), w),
+    "brier": lambda y, s, w: calibration.brier(y, metrics.softmax(s), w),
+    "nll": lambda y, s, w: calibration.negative_log_likelihood(y, s, w),
     "recall": lambda y, s, w: metrics.recall_at(y + 1, 2, w),
     "mrr": lambda y, s, w: metrics.mean_reciprocal_rank(y + 1, w),
     "median": lambda y, s, w: metrics.median_rank(y + 1.5, w),
@@ -194,3 +195,82 @@ def test_a_rank_shared_with_one_other_is_no_hit_at_one():
 def test_weights_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"weights must be \(R, 2\)"):
         metrics.accuracy([0, 1], [0, 1], np.ones(2))
+
+
+@FEW
+@given(labels_and_scores)
+def test_precision_and_weighted_f1_agree_with_sklearn(case):
+    y, scores = case
+    guess = scores.argmax(1)
+    table = metrics.confusion(y, guess, 4)
+    assert metrics.weighted_f1(table) == pytest.approx(sk.f1_score(y, guess, average="weighted", zero_division=0))
+    expected = sk.precision_score(y, guess, labels=range(4), average=None, zero_division=np.nan)
+    assert metrics.precision_per_class(table) == pytest.approx(expected, nan_ok=True)
+
+
+def test_pitfall_06_three_auroc_definitions_are_three_names_and_agree_with_sklearn():
+    rng = np.random.default_rng(8)
+    y = rng.integers(0, 4, 120)
+    p = metrics.softmax(rng.normal(size=(120, 4)) + np.eye(4)[y])
+    assert metrics.macro_auroc(y, p) == pytest.approx(sk.roc_auc_score(y, p, multi_class="ovr"))
+    assert metrics.pairwise_auroc(y, p) == pytest.approx(sk.roc_auc_score(y, p, multi_class="ovo"))
+    assert metrics.micro_auroc(y, p) == pytest.approx(sk.roc_auc_score(np.eye(4)[y].ravel(), p.ravel()))
+    assert len({round(f(y, p), 6) for f in (metrics.macro_auroc, metrics.pairwise_auroc, metrics.micro_auroc)}) == 3
+
+
+def test_metrics_agree_with_torchmetrics():
+    torch = pytest.importorskip("torch")
+    from torchmetrics.functional import classification as tm
+
+    rng = np.random.default_rng(9)
+    y = rng.integers(0, 3, 90)
+    p = metrics.softmax(rng.normal(size=(90, 3)) + np.eye(3)[y])
+    probabilities, labels = torch.tensor(p), torch.tensor(y)
+    table = metrics.confusion(y, p.argmax(1), 3)
+    for ours, theirs in (
+        (metrics.macro_auroc(y, p), tm.multiclass_auroc(probabilities, labels, 3)),
+        (metrics.balanced_accuracy(table), tm.multiclass_accuracy(probabilities, labels, 3)),
+        (metrics.mcc(table), tm.multiclass_matthews_corrcoef(probabilities, labels, 3)),
+        (metrics.kappa(table, "quadratic"), tm.multiclass_cohen_kappa(probabilities, labels, 3, weights="quadratic")),
+        (metrics.macro_average_precision(y, p), tm.multiclass_average_precision(probabilities, labels, 3)),
+        (calibration.calibration_error(y, p), tm.multiclass_calibration_error(probabilities, labels, 3)),
+        (calibration.calibration_error(y, p, norm="max"),
+         tm.multiclass_calibration_error(probabilities, labels, 3, norm="max")),
+    ):  # fmt: skip
+        assert ours == pytest.approx(float(theirs), abs=1e-6)
+
+
+@FEW
+@given(labels_and_scores, st.sampled_from([0.5, 0.8, 0.9, 0.95]))
+def test_operating_points_are_the_best_of_sklearns_curve(case, wanted):
+    y, scores = case
+    positive = y == 1
+    assume(positive.any() and not positive.all())
+    false_rate, true_rate, thresholds = sk.roc_curve(positive, scores[:, 0], drop_intermediate=False)
+    ours = metrics.roc_curve(positive, scores[:, 0])
+    for a, b in zip(ours, (false_rate, true_rate, thresholds), strict=True):
+        assert a == pytest.approx(b)
+    assert metrics.sensitivity_at(positive, scores[:, 0], wanted) == true_rate[1 - false_rate >= wanted - 1e-12].max()
+    assert metrics.specificity_at(positive, scores[:, 0], wanted) == pytest.approx(
+        1 - false_rate[true_rate >= wanted - 1e-12].min()
+    )
+    cut = metrics.youden_threshold(positive, scores[:, 0])
+    gain = (scores[positive, 0] >= cut).mean() - (scores[~positive, 0] >= cut).mean()
+    assert gain == pytest.approx((true_rate - false_rate).max())
+
+
+def test_operating_points_without_a_kind_are_undefined():
+    assert math.isnan(metrics.sensitivity_at([True, True], [1.0, 2.0], 0.9))
+    assert math.isnan(metrics.specificity_at([False], [1.0], 0.9))
+    assert math.isnan(metrics.youden_threshold([False], [1.0]))
+
+
+def test_pitfall_12_nan_scores_are_refused_with_their_rows():
+    with pytest.raises(ValueError, match=r"NaN in rows \[1\]"):
+        metrics.auroc([True, False], [1.0, np.nan])
+
+
+def test_pitfall_08_a_majority_guess_has_the_balanced_accuracy_of_chance():
+    y = np.r_[np.zeros(941, int), np.ones(59, int)]  # TCGA-TIL: 5.9 % positive
+    assert metrics.accuracy(y, np.zeros(1000, int)) == pytest.approx(0.941)
+    assert metrics.balanced_accuracy(metrics.confusion(y, np.zeros(1000, int), 2)) == 0.5

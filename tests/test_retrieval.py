@@ -94,3 +94,66 @@ def test_chance_is_what_random_rankings_give():
     assert chance_recall(9, [2, 1], 3) == pytest.approx(np.mean(hits), abs=0.02)
     assert chance_reciprocal_rank(9) == pytest.approx(np.mean(inverse), abs=0.02)
     assert chance_recall(4, [1, 1], 10) == 1
+
+
+def in_float64(queries, candidates, query_ids, candidate_ids):
+    scores = (queries.astype(np.float64) @ candidates.astype(np.float64).T).astype(np.float32)
+    ranks, tied = [], []
+    for row, own in zip(scores, query_ids, strict=True):
+        positive = candidate_ids == own
+        best = row[positive].max()
+        tied.append(((row == best) & ~positive).sum())
+        ranks.append(1 + (row > best).sum() + tied[-1] / 2)
+    return np.asarray(ranks), np.asarray(tied), scores.argmax(1)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6, 0.0])
+def test_close_similarities_are_ranked_as_in_float64(spread, monkeypatch):
+    rng = np.random.default_rng(5)
+    # From spread to collapsed: more and more products differ by less than float32 can tell apart.
+    base = rng.normal(size=(1, 64)) + spread * rng.normal(size=(1500, 64))
+    images = (base / np.linalg.norm(base, axis=1, keepdims=True)).astype(np.float32)
+    texts = images[rng.permutation(1500)]
+    ids = rng.integers(0, 700, 1500)
+    monkeypatch.setattr(retrieval, "BLOCK_BYTES", 4 * 1500 * 128)
+    found = rank_candidates(images, texts, ids, ids)
+    ranks, tied, top = in_float64(images, texts, ids, ids)
+    assert (found.ranks == ranks).all()
+    assert (found.tied == tied).all()
+    assert (found.top == top).all()
+
+
+def test_pitfall_11_half_precision_ties_help_nobody():
+    rng = np.random.default_rng(6)
+    images, texts = unit(rng, 400, 8), unit(rng, 400, 8)
+    coarse = [np.round(v, 1) for v in (images, texts)]  # many exact ties
+    ids = np.arange(400)
+    found = rank_candidates(*coarse, ids, ids)
+    assert found.tied.sum() > 0
+    order = rng.permutation(400)
+    moved = rank_candidates(coarse[0], coarse[1][order], ids, ids[order])
+    assert (found.ranks == moved.ranks).all()  # no first index wins
+    assert (found.ranks - found.tied / 2 >= 1).all()
+
+
+def test_pitfall_14_strict_and_relaxed_are_both_there_and_relaxed_is_never_worse():
+    rng = np.random.default_rng(7)
+    images, ids = unit(rng, 60, 8), rng.integers(0, 20, 60)
+    texts = unit(rng, 20, 8)[ids]  # equal captions have equal embeddings
+    relaxed = rank_candidates(images, texts, ids, ids).ranks
+    strict = rank_candidates(images, texts, np.arange(60), np.arange(60)).ranks
+    assert (relaxed <= strict).all()
+    assert (relaxed < strict).any()
+
+
+def test_pitfall_12_embeddings_that_are_not_finite_are_refused():
+    eye = np.eye(3, dtype=np.float32)
+    broken = np.where(eye == 1, np.nan, eye).astype(np.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        rank_candidates(broken, eye, np.arange(3), np.arange(3))
+
+
+def test_no_candidates_and_no_queries_have_no_ranks():
+    eye, none = np.eye(3, dtype=np.float32), np.zeros((0, 3), np.float32)
+    assert np.isnan(rank_candidates(eye, none, np.arange(3), np.zeros(0)).ranks).all()
+    assert rank_candidates(none, eye, np.zeros(0), np.arange(3)).ranks.shape == (0,)

@@ -4,18 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binom
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import beta
+from scipy.stats import bootstrap as scipy_bootstrap
 
-from biomedclip.evaluation import metrics
-from biomedclip.evaluation.statistics import (
-    Resampler,
-    bootstrap,
-    bound_flawless,
-    delong,
-    holm,
-    mcnemar,
-    paired_bootstrap,
-)
+from biomedclip.evaluation import influence, metrics, statistics
+from biomedclip.evaluation.influence import balanced_accuracy_sums, choose_auroc, first_order_auroc
+from biomedclip.evaluation.statistics import Resampler, bootstrap, bound_flawless, paired_bootstrap, resample
 
 
 def mean_of(values):
@@ -139,33 +135,122 @@ def test_a_paired_difference_is_sharper_than_two_intervals_suggest():
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1.0)
 
 
-def test_mcnemar_is_the_mid_p_of_the_binomial():
-    a = np.array([1] * 9 + [0] * 3 + [1] * 20, dtype=bool)
-    b = np.array([0] * 9 + [1] * 3 + [1] * 20, dtype=bool)
-    assert mcnemar(a, b) == pytest.approx(2 * binom.cdf(3, 12, 0.5) - binom.pmf(3, 12, 0.5))
-    assert mcnemar(b, a) == mcnemar(a, b)
-    assert mcnemar(a, a) == 1.0
-
-
-def test_delong_agrees_with_the_variance_from_all_pairs():
-    rng = np.random.default_rng(5)
-    y = rng.random(60) < 0.4
-    a, b = rng.integers(0, 9, 60) + y, rng.integers(0, 9, 60) + 3 * y  # with ties
-    found = delong(y, a, b)
-    kernels = [(s[y][:, None] > s[~y]) + (s[y][:, None] == s[~y]) / 2 for s in (a, b)]
-    d = kernels[1] - kernels[0]
-    variance = d.mean(1).var(ddof=1) / y.sum() + d.mean(0).var(ddof=1) / (~y).sum()
-    assert found.value == pytest.approx(d.mean())
-    assert (found.high - found.low) / 2 == pytest.approx(1.959964 * math.sqrt(variance), rel=1e-5)
-    resampled = paired_bootstrap(
-        lambda w: metrics.auroc(y, a, w), lambda w: metrics.auroc(y, b, w), Resampler(60, y=y, resamples=4000)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_sums_over_units_are_the_naive_loop_over_resamples(seed, grouped, tied):
+    rng = np.random.default_rng(seed)
+    n, classes = 60, 3
+    y, scores = rng.integers(0, classes, n), rng.normal(size=(n, classes))
+    scores = np.round(scores, 1) if tied else scores
+    groups = [f"g{k}" for k in rng.integers(0, 25, n)] if grouped else None
+    resampler = Resampler(n, y=y, groups=groups, resamples=12, seed=seed % 7)
+    guess = scores.argmax(1)
+    values = resample(
+        {"sums": balanced_accuracy_sums(y, guess, classes, resampler), "area": choose_auroc(y, scores, resampler)},
+        resampler,
     )
-    assert found.high - found.low == pytest.approx(resampled.high - resampled.low, rel=0.15)
-    assert delong(y, a, a).p == 1.0
-    with pytest.raises(ValueError, match="two positives"):
-        delong(np.array([True, False, False]), [1, 2, 3], [1, 2, 3])
+    for row, counts in enumerate(np.vstack(list(resampler.draw())).astype(int)):
+        again = np.repeat(np.arange(n), counts)
+        table = metrics.confusion(y[again], guess[again], classes)
+        assert values["sums"][row] == pytest.approx(metrics.balanced_accuracy(table))
+        assert values["area"][row] == pytest.approx(metrics.macro_auroc(y[again], scores[again]))
 
 
-def test_holm_is_the_worked_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_first_order_auroc_is_exact_on_the_data_and_close_on_resamples(grouped, classes):
+    rng = np.random.default_rng(classes)
+    n = 3000
+    y = rng.integers(0, classes, n)
+    scores = np.round(rng.normal(size=(n, classes)) + np.eye(classes)[y], 2)
+    groups = [f"g{k}" for k in rng.integers(0, 600, n)] if grouped else None
+    resampler = Resampler(n, y=y, groups=groups, resamples=150)
+    near = first_order_auroc(y, scores, resampler)
+    assert near(None) == pytest.approx(metrics.macro_auroc(y, scores), abs=1e-12)
+    values = resample({"near": near, "exact": lambda w: metrics.macro_auroc(y, scores, w)}, resampler)
+    gap = values["near"] - values["exact"]
+    assert gap.std() < 0.06 * values["exact"].std()
+    # The bound of influence.py: 1 / (2 sqrt(W V)), for one class of many.
+    if not grouped:
+        assert gap.std() < 0.5 / math.sqrt(n / classes * n * (1 - 1 / classes))
+    interval = bootstrap({"a": near}, resampler)["a"]
+    assert interval.method.endswith("-first-order")
+
+
+def test_exact_auroc_is_chosen_while_it_is_affordable(monkeypatch):
+    y, scores = np.arange(40) % 2, np.random.default_rng(0).normal(size=(40, 2))
+    resampler = Resampler(40, y=y, resamples=100)
+    assert not hasattr(choose_auroc(y, scores, resampler), "approximate")
+    monkeypatch.setattr(influence, "EXACT_CELLS", 40 * 2 * 100 - 1)
+    assert choose_auroc(y, scores, resampler).approximate == "first-order"
+
+
+def test_resamples_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(statistics, "_BLOCK_CELLS", 20 * 7)
+    values = np.random.default_rng(0).normal(size=20)
+    runs = [resample({"m": mean_of(values)}, Resampler(20, resamples=50), threads=t)["m"] for t in (1, 4)]
+    assert (runs[0] == runs[1]).all()
+    assert len(np.unique(runs[0])) > 40  # blocks have random numbers of their own
+
+
+def test_bca_is_scipys():
+    rng = np.random.default_rng(3)
+    values = rng.exponential(size=50)
+    ours = bootstrap({"m": mean_of(values)}, Resampler(50, resamples=9999), method="bca")["m"]
+    theirs = scipy_bootstrap((values,), np.mean, n_resamples=9999, method="BCa", rng=rng).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    plain = bootstrap({"m": mean_of(values)}, Resampler(50, resamples=9999))["m"]
+    assert ours.low > plain.low  # a skewed sample: BCa moves to the right
+    assert ours.high > plain.high
+    assert ours.method == "bootstrap-bca"
+
+
+def test_bca_of_strata_is_scipys_of_several_samples():
+    rng = np.random.default_rng(4)
+    y = np.repeat([0, 1], [25, 40])
+    scores = rng.exponential(size=65) + y * 0.7
+    ours = bootstrap({"a": lambda w: metrics.auroc(y == 1, scores, w)}, Resampler(65, y=y, resamples=5000),
+                     method="bca")["a"]  # fmt: skip
+
+    def area(plus, minus):
+        return float(np.mean([(p > minus).mean() + (p == minus).mean() / 2 for p in plus]))
+
+    theirs = scipy_bootstrap((scores[y == 1], scores[y == 0]), area, n_resamples=1500, method="BCa", vectorized=False,
+                             rng=rng).confidence_interval  # fmt: skip
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert ours.method == "bootstrap-bca-stratified"
+
+
+def test_pitfall_22_groups_are_resampled_together_by_default_where_they_are_known():
+    y = np.arange(12) % 2
+    assert Resampler(12, y=y, groups=[str(i // 3) for i in range(12)]).name() == "bootstrap-percentile-group"
+    assert Resampler(12, y=y).name() == "bootstrap-percentile-stratified"
+
+
+def test_pitfall_23_quantiles_are_numpys_and_resamples_differ_from_each_other():
+    values = np.random.default_rng(1).normal(size=30)
+    resampler = Resampler(30, resamples=1000)
+    drawn = resample({"m": mean_of(values)}, resampler)["m"]
+    interval = bootstrap({"m": mean_of(values)}, resampler)["m"]
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert len(np.unique(drawn)) == 1000
+
+
+@pytest.mark.slow
+def test_intervals_of_rare_classes_and_groups_cover_about_95_times_in_100():
+    rng = np.random.default_rng(7)
+    rounds, hits = 400, {"percentile": 0, "bca": 0, "group": 0}
+    for seed in range(rounds):
+        y = np.repeat([0, 1], [170, 30])
+        scores = rng.normal(size=200) + y
+        statistic = {"a": lambda w, y=y, s=scores: metrics.auroc(y == 1, s, w)}
+        for method in ("percentile", "bca"):
+            found = bootstrap(statistic, Resampler(200, y=y, resamples=600, seed=seed), method=method)["a"]
+            hits[method] += found.low <= 0.7602499389 <= found.high
+        effects = rng.normal(size=60)
+        values = np.repeat(effects, 5) + rng.normal(size=300) * 0.3
+        groups = [str(g) for g in np.repeat(np.arange(60), 5)]
+        found = bootstrap({"m": mean_of(values)}, Resampler(300, groups=groups, resamples=600, seed=seed))["m"]
+        hits["group"] += found.low <= 0 <= found.high
+    for name, count in hits.items():
+        assert 0.91 <= count / rounds <= 0.98, name

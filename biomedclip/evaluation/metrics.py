@@ -5,23 +5,28 @@ reader would question: a bootstrap resample is a vector of counts, so taking (R,
 thousands of resamples in a few array operations, with the same code, and therefore the same definition, that gives
 the point value. Without weights every sample counts once. A metric that is undefined is NaN, never 0 or 0.5;
 `explain_undefined` says why. Ties are exact: mid-ranks in AUROC, one threshold per distinct score in AUPRC, half a
-place for each tied competitor in retrieval.
+place for each tied competitor in retrieval. A NaN score is refused: it compares false to everything, and would rank
+first or last without a word. Calibration is in calibration.py, other kinds of answers (several labels, grades, options)
+in multilabel.py, ordinal.py and options.py.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+_ROUNDING = 1e-12
+"""Rates are quotients: 0.9 asked for must find 9/10."""
 
 
 def confusion(y: ArrayLike, predicted: ArrayLike, num_classes: int, weights: ArrayLike | None = None) -> Floats:
     """(C, C) counts, row true class and column predicted class; (R, C, C) for (R, N) weights."""
     cell = np.asarray(y, dtype=np.int64) * num_classes + np.asarray(predicted, dtype=np.int64)
-    w, single = _weights(weights, cell.size)
+    w, single = read_weights(weights, cell.size)
     table = np.zeros((len(w), num_classes * num_classes))
     if cell.size:
         order = np.argsort(cell, kind="stable")
@@ -40,20 +45,36 @@ def balanced_accuracy(table: ArrayLike) -> Any:
     """Mean recall over the classes present in y, from a confusion table (..., C, C)."""
     table = np.asarray(table, dtype=np.float64)
     support = table.sum(-1)
-    return _mean_where(_divide(np.diagonal(table, axis1=-2, axis2=-1), support), support > 0)
+    return mean_where(divide(np.diagonal(table, axis1=-2, axis2=-1), support), support > 0)
 
 
 def recall_per_class(table: ArrayLike) -> Floats:
     """(..., C) recall of each class; NaN where y has none of it."""
     table = np.asarray(table, dtype=np.float64)
-    return _divide(np.diagonal(table, axis1=-2, axis2=-1), table.sum(-1))
+    return divide(np.diagonal(table, axis1=-2, axis2=-1), table.sum(-1))
+
+
+def precision_per_class(table: ArrayLike) -> Floats:
+    """(..., C) precision of each class; NaN where it is never predicted."""
+    table = np.asarray(table, dtype=np.float64)
+    return divide(np.diagonal(table, axis1=-2, axis2=-1), table.sum(-2))
+
+
+def f1_per_class(table: ArrayLike) -> Floats:
+    """(..., C) F1 of each class; 0 for one that is there and never predicted, NaN for one that is neither."""
+    table = np.asarray(table, dtype=np.float64)
+    return divide(2 * np.diagonal(table, axis1=-2, axis2=-1), table.sum(-1) + table.sum(-2))
 
 
 def macro_f1(table: ArrayLike) -> Any:
     """Mean F1 over the classes present in y; a class that is never predicted counts 0 (zero_division=0)."""
-    table = np.asarray(table, dtype=np.float64)
-    support, hits = table.sum(-1), np.diagonal(table, axis1=-2, axis2=-1)
-    return _mean_where(_divide(2 * hits, support + table.sum(-2)), support > 0)
+    return mean_where(f1_per_class(table), np.asarray(table).sum(-1) > 0)
+
+
+def weighted_f1(table: ArrayLike) -> Any:
+    """Mean F1 weighted by how often y has each class."""
+    support = np.asarray(table, dtype=np.float64).sum(-1)
+    return unwrap(divide((np.where(support > 0, f1_per_class(table), 0) * support).sum(-1), support.sum(-1)))
 
 
 def mcc(table: ArrayLike) -> Any:
@@ -63,7 +84,7 @@ def mcc(table: ArrayLike) -> Any:
     total, hits = true.sum(-1), np.trace(table, axis1=-2, axis2=-1)
     covariance = hits * total - (true * guessed).sum(-1)
     spread = (total**2 - (true**2).sum(-1)) * (total**2 - (guessed**2).sum(-1))
-    return _scalar(_divide(covariance, np.sqrt(np.maximum(spread, 0))))
+    return unwrap(divide(covariance, np.sqrt(np.maximum(spread, 0))))
 
 
 def kappa(table: ArrayLike, disagreement: Literal["none", "linear", "quadratic"] = "none") -> Any:
@@ -72,19 +93,20 @@ def kappa(table: ArrayLike, disagreement: Literal["none", "linear", "quadratic"]
     distance = np.abs(np.subtract.outer(np.arange(table.shape[-1]), np.arange(table.shape[-1]))).astype(np.float64)
     power = {"none": np.sign(distance), "linear": distance, "quadratic": distance**2}[disagreement]
     total = table.sum((-2, -1), keepdims=True)
-    expected = _divide(table.sum(-1, keepdims=True) * table.sum(-2, keepdims=True), total)
-    return _scalar(1 - _divide((power * table).sum((-2, -1)), (power * expected).sum((-2, -1))))
+    expected = divide(table.sum(-1, keepdims=True) * table.sum(-2, keepdims=True), total)
+    return unwrap(1 - divide((power * table).sum((-2, -1)), (power * expected).sum((-2, -1))))
 
 
 def auroc(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Any:
     """Area under the ROC curve (Mann-Whitney with mid-ranks): P(score+ > score-) + P(equal) / 2.
 
-    `positive` (N,) bool, `scores` (N,) higher means positive. NaN without a positive or without a negative.
+    `positive` (N,) bool, `scores` (N,) higher means positive. NaN without a positive or without a negative. Raises
+    ValueError for NaN scores.
     """
-    plus, minus, single = _tie_groups(positive, scores, weights)
+    plus, minus, single = _tie_groups(positive, scores, weights, merge=True)
     below = np.cumsum(minus, axis=1) - minus / 2
-    area = _divide((plus * below).sum(1), plus.sum(1) * minus.sum(1))
-    return _scalar(area[0] if single else area)
+    area = divide((plus * below).sum(1), plus.sum(1) * minus.sum(1))
+    return unwrap(area[0] if single else area)
 
 
 def auroc_per_class(y: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Floats:
@@ -103,7 +125,66 @@ def macro_auroc(y: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = Non
     if scores.shape[1] == 2:
         return auroc(np.asarray(y) == 1, difference(scores), weights)
     per_class = auroc_per_class(y, scores, weights)
-    return _mean_where(per_class, ~np.isnan(per_class))
+    return mean_where(per_class, ~np.isnan(per_class))
+
+
+def micro_auroc(y: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Any:
+    """AUROC of all (sample, class) cells in one ranking. Large wherever classes are many, so never a headline."""
+    y, scores = np.asarray(y), np.asarray(scores)
+    cells = y[:, None] == np.arange(scores.shape[1])
+    repeated = None if weights is None else np.repeat(np.asarray(weights), scores.shape[1], axis=1)
+    return auroc(cells.ravel(), scores.ravel(), repeated)
+
+
+def pairwise_auroc(y: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Any:
+    """Mean over pairs of classes of (A(i|j) + A(j|i)) / 2 (Hand and Till 2001, eq. 7), over pairs that y has."""
+    y, scores = np.asarray(y), np.asarray(scores)
+    areas = []
+    for i, j in itertools.combinations(range(scores.shape[1]), 2):
+        rows = np.flatnonzero((y == i) | (y == j))
+        w = None if weights is None else np.asarray(weights)[:, rows]
+        areas += [auroc(y[rows] == i, scores[rows, i], w), auroc(y[rows] == j, scores[rows, j], w)]
+    table = np.stack(areas, axis=-1)
+    return mean_where(table, ~np.isnan(table))
+
+
+def sensitivity_at(positive: ArrayLike, scores: ArrayLike, specificity: float, weights: ArrayLike | None = None) -> Any:
+    """Largest sensitivity at a threshold whose specificity is at least `specificity`; no interpolation between them."""
+    true_rate, false_rate, single = _rates(positive, scores, weights)
+    best = np.where(1 - false_rate >= specificity - _ROUNDING, true_rate, 0).max(1)
+    best = np.where(np.isnan(true_rate[:, -1] + false_rate[:, -1]), np.nan, best)
+    return unwrap(best[0] if single else best)
+
+
+def specificity_at(positive: ArrayLike, scores: ArrayLike, sensitivity: float, weights: ArrayLike | None = None) -> Any:
+    """Largest specificity at a threshold whose sensitivity is at least `sensitivity`."""
+    true_rate, false_rate, single = _rates(positive, scores, weights)
+    best = np.where(true_rate >= sensitivity - _ROUNDING, 1 - false_rate, 0).max(1)
+    best = np.where(np.isnan(true_rate[:, -1] + false_rate[:, -1]), np.nan, best)
+    return unwrap(best[0] if single else best)
+
+
+def roc_curve(positive: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """False positive rate, true positive rate and threshold (T,), from "nothing is positive" (infinity) downwards."""
+    true_rate, false_rate, _ = _rates(positive, scores, None)
+    return false_rate[0], true_rate[0], np.r_[np.inf, np.unique(np.asarray(scores, dtype=np.float64))[::-1]]
+
+
+def youden_threshold(positive: ArrayLike, scores: ArrayLike) -> float:
+    """The score from which on a sample is called positive so that sensitivity + specificity is largest; NaN where
+    one of them is undefined. A choice, so it is made on a validation split, never on the one that is scored."""
+    false_rate, true_rate, thresholds = roc_curve(positive, scores)
+    if np.isnan(false_rate[-1] + true_rate[-1]):
+        return float("nan")
+    return float(thresholds[np.argmax(true_rate - false_rate)])
+
+
+def _rates(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None) -> tuple[Floats, Floats, bool]:
+    """(R, T + 1) true and false positive rates at each threshold, none first; NaN where there is none of a kind."""
+    plus, minus, single = _tie_groups(positive, scores, weights)
+    start = np.zeros((len(plus), 1))
+    hits, alarms = (np.hstack([start, np.cumsum(part[:, ::-1], axis=1)]) for part in (plus, minus))
+    return divide(hits, hits[:, -1:]), divide(alarms, alarms[:, -1:]), single
 
 
 def average_precision(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Any:
@@ -112,8 +193,8 @@ def average_precision(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike
     plus, minus = plus[:, ::-1], minus[:, ::-1]
     hits, taken = np.cumsum(plus, axis=1), np.cumsum(plus + minus, axis=1)
     precision = np.divide(hits, taken, out=np.zeros_like(hits), where=taken > 0)
-    area = _divide((plus * precision).sum(1), plus.sum(1))
-    return _scalar(area[0] if single else area)
+    area = divide((plus * precision).sum(1), plus.sum(1))
+    return unwrap(area[0] if single else area)
 
 
 def macro_average_precision(y: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> Any:
@@ -123,7 +204,7 @@ def macro_average_precision(y: ArrayLike, scores: ArrayLike, weights: ArrayLike 
         return average_precision(y == 1, difference(scores), weights)
     columns = [average_precision(y == c, scores[:, c], weights) for c in range(scores.shape[1])]
     per_class = np.stack(columns, axis=-1)
-    return _mean_where(per_class, ~np.isnan(per_class))
+    return mean_where(per_class, ~np.isnan(per_class))
 
 
 def difference(scores: ArrayLike) -> Floats:
@@ -139,42 +220,6 @@ def softmax(logits: ArrayLike) -> Floats:
     return raised / raised.sum(axis=1, keepdims=True)
 
 
-def calibration_error(
-    y: ArrayLike, probabilities: ArrayLike, weights: ArrayLike | None = None, *, bins: int = 15
-) -> Any:
-    """Expected calibration error: sum over bins of (n_b / N) |accuracy_b - confidence_b|.
-
-    Equal-width bins of the top probability, closed on the right (Guo et al. 2017, section 2).
-    """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    w, single = _weights(weights, len(probabilities))
-    if not len(probabilities):
-        return float("nan")
-    top = probabilities.max(1)
-    gap = (probabilities.argmax(1) == np.asarray(y)) - top
-    bin_of = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
-    sums = np.stack([(w * (gap * (bin_of == b))).sum(1) for b in np.unique(bin_of)], axis=-1)
-    error = _divide(np.abs(sums).sum(-1), w.sum(1))
-    return _scalar(error[0] if single else error)
-
-
-def brier(y: ArrayLike, probabilities: ArrayLike, weights: ArrayLike | None = None) -> Any:
-    """Brier score, mean over samples of sum over classes of (p - 1[y = c])^2: 0 to 2."""
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    truth = np.asarray(y)[:, None] == np.arange(probabilities.shape[1])
-    return weighted_mean(((probabilities - truth) ** 2).sum(1), weights)
-
-
-def negative_log_likelihood(y: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> Any:
-    """Mean of -log softmax(logits)[y], in nats, from logits so that a certain mistake stays finite."""
-    wide = np.asarray(logits, dtype=np.float64)
-    if not len(wide):
-        return float("nan")
-    top = wide.max(1)
-    log_sum = top + np.log(np.exp(wide - top[:, None]).sum(1))
-    return weighted_mean(log_sum - wide[np.arange(len(wide)), np.asarray(y)], weights)
-
-
 def recall_at(ranks: ArrayLike, k: int, weights: ArrayLike | None = None) -> Any:
     """Share of queries whose best positive has rank <= k; a rank counts tied competitors half (retrieval.py)."""
     return weighted_mean(np.asarray(ranks) <= k, weights)
@@ -188,7 +233,7 @@ def mean_reciprocal_rank(ranks: ArrayLike, weights: ArrayLike | None = None) -> 
 def median_rank(ranks: ArrayLike, weights: ArrayLike | None = None) -> Any:
     """Median rank of the best positive; the mean of the two middle ones for an even number of queries."""
     ranks = np.asarray(ranks, dtype=np.float64)
-    w, single = _weights(weights, ranks.size)
+    w, single = read_weights(weights, ranks.size)
     if not ranks.size:
         return float("nan")
     order = np.argsort(ranks, kind="stable")
@@ -197,15 +242,15 @@ def median_rank(ranks: ArrayLike, weights: ArrayLike | None = None) -> Any:
     lower = np.argmax(mass >= half, axis=1)
     upper = np.argmax(mass > half, axis=1)
     middle = (ranks[order][lower] + ranks[order][upper]) / 2
-    return _scalar(middle[0] if single else middle)
+    return unwrap(middle[0] if single else middle)
 
 
 def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> Any:
     """Mean of (N,) values: a float, or (R,) means under (R, N) weights; NaN without samples."""
     values = np.asarray(values, dtype=np.float64)
-    w, single = _weights(weights, values.size)
-    mean = _divide(w @ values, w.sum(1))
-    return _scalar(mean[0] if single else mean)
+    w, single = read_weights(weights, values.size)
+    mean = divide(w @ values, w.sum(1))
+    return unwrap(mean[0] if single else mean)
 
 
 def explain_undefined(y: ArrayLike, num_classes: int) -> str | None:
@@ -220,7 +265,8 @@ def explain_undefined(y: ArrayLike, num_classes: int) -> str | None:
     return f"no sample of class {', '.join(map(str, absent))}" if absent.size else None
 
 
-def _weights(weights: ArrayLike | None, size: int) -> tuple[Floats, bool]:
+def read_weights(weights: ArrayLike | None, size: int) -> tuple[Floats, bool]:
+    """(R, N) weights in float64, and whether there were none (then they are one row of ones)."""
     if weights is None:
         return np.ones((1, size)), True
     w = np.asarray(weights, dtype=np.float64)
@@ -229,30 +275,47 @@ def _weights(weights: ArrayLike | None, size: int) -> tuple[Floats, bool]:
     return w, False
 
 
-def _tie_groups(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None) -> tuple[Floats, Floats, bool]:
-    """Weight of positives and of negatives at each distinct score, ascending: two (R, T)."""
+def _tie_groups(
+    positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None, *, merge: bool = False
+) -> tuple[Floats, Floats, bool]:
+    """Weight of positives and of negatives at each distinct score, ascending: two (R, T).
+
+    `merge` joins neighbouring scores that have none of the rarer kind. That changes no count of ordered pairs, and
+    shrinks T from N to about twice the rarer kind: what makes thousands of resamples of many classes affordable.
+    """
     positive, scores = np.asarray(positive, dtype=bool), np.asarray(scores)
-    w, single = _weights(weights, scores.size)
+    w, single = read_weights(weights, scores.size)
     if not scores.size:
         return np.zeros((len(w), 0)), np.zeros((len(w), 0)), single
+    if np.isnan(scores).any():
+        raise ValueError(f"scores are NaN in rows {np.flatnonzero(np.isnan(scores))[:5].tolist()}")
     order = np.argsort(scores, kind="stable")
-    _, starts = np.unique(scores[order], return_index=True)
-    w, is_positive = w[:, order], positive[order]
-    plus = np.add.reduceat(w * is_positive, starts, axis=1)
-    minus = np.add.reduceat(w * ~is_positive, starts, axis=1)
-    return plus, minus, single
+    ordered, is_positive = scores[order], positive[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    rare = is_positive if 2 * int(is_positive.sum()) <= is_positive.size else ~is_positive
+    if merge:
+        has_rare = np.logical_or.reduceat(rare, starts)
+        starts = starts[has_rare | np.r_[True, has_rare[:-1]]]
+    w = w[:, order]
+    total, part = np.add.reduceat(w, starts, axis=1), np.zeros((len(w), len(starts)))
+    where = np.flatnonzero(rare)
+    if where.size:
+        groups, first = np.unique(np.searchsorted(starts, where, "right") - 1, return_index=True)
+        part[:, groups] = np.add.reduceat(w[:, where], first, axis=1)
+    return (part, total - part, single) if rare is is_positive else (total - part, part, single)
 
 
-def _divide(numerator: ArrayLike, denominator: ArrayLike) -> Floats:
+def divide(numerator: ArrayLike, denominator: ArrayLike) -> Floats:
     """numerator / denominator with NaN, without a warning, where the denominator is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
 
 
-def _mean_where(values: Floats, valid: NDArray[np.bool_]) -> Any:
+def mean_where(values: Floats, valid: NDArray[np.bool_]) -> Any:
     """Mean over the last axis of the valid entries; NaN where none is."""
-    return _scalar(_divide(np.where(valid, values, 0).sum(-1), valid.sum(-1)))
+    return unwrap(divide(np.where(valid, values, 0).sum(-1), valid.sum(-1)))
 
 
-def _scalar(value: Any) -> Any:
+def unwrap(value: Any) -> Any:
+    """A float in place of an array without axes."""
     return float(value) if np.ndim(value) == 0 else value

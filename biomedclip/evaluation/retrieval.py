@@ -4,7 +4,8 @@ Reads unit embeddings of images (N, D) and captions (N, D) and a caption id per 
 query. Captions that read the same (panels of one figure, class templates) are all right answers to each other's
 images, or a model would be punished for not telling equal sentences apart; the strict variant, where only a query's
 own partner is right, is one argument away. Ties count half, because a collapsed model, all embeddings equal, must
-score like chance and not like a winner.
+score like chance and not like a winner. Products are taken in float32, and those too close to the best positive to be
+told apart in it once more in float64: ranks are as exact as in float64 throughout, in half the time and memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 BLOCK_BYTES = 64_000_000
 """Similarities held at once: memory is O(block x M), whatever N is."""
+_CLOSE_SHARE = 0.02
+"""Share of a block's products beyond which all of it is taken in float64, not the close ones one by one."""
+_MANY_CLOSE = 1000
+_HALF_ULP = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Ranks:
 
     ranks: NDArray[np.float64]
     top: NDArray[np.int64]
+    tied: NDArray[np.int64]
+    """(N,) competitors exactly as good as the best positive; rank - tied / 2 is the optimistic rank."""
 
 
 def caption_ids(captions: Sequence[str]) -> NDArray[np.int64]:
@@ -45,30 +52,78 @@ def rank_candidates(
 ) -> Ranks:
     """Rank of each query's best positive among all candidates: 1 + #{better} + #{equal, not positive} / 2.
 
-    Candidate j is a positive of query i where their ids are equal; a query without one has rank NaN. Products are
-    summed in float64 and rounded to float32, so that equal embeddings tie exactly whichever block they are in.
+    Candidate j is a positive of query i where their ids are equal; a query without one has rank NaN. Strict retrieval,
+    where only a query's own partner is right, has `arange` for both ids. Similarities are products summed in float64
+    and rounded to float32, so that equal embeddings tie exactly whichever block they are in. Raises ValueError for
+    embeddings that are not finite.
     """
+    queries, candidates = np.asarray(queries, np.float32), np.asarray(candidates, np.float32)
     query_ids, candidate_ids = np.asarray(query_ids), np.asarray(candidate_ids)
+    margin = _rounding(queries, candidates)
+    if not len(candidates):
+        return Ranks(np.full(len(queries), np.nan), np.full(len(queries), -1), np.zeros(len(queries), dtype=np.int64))
     order = np.argsort(candidate_ids, kind="stable")
-    ordered = candidate_ids[order]
-    transposed = np.asarray(candidates, dtype=np.float64).T
-    ranks = np.full(len(queries), np.nan)
-    top = np.zeros(len(queries), dtype=np.int64)
-    block = max(1, BLOCK_BYTES // (12 * max(1, len(candidates))))  # a float64 product and its float32 copy
+    first = np.searchsorted(candidate_ids[order], query_ids, "left")
+    last = np.searchsorted(candidate_ids[order], query_ids, "right")
+    found = Ranks(
+        np.full(len(queries), np.nan), np.zeros(len(queries), dtype=np.int64), np.zeros(len(queries), dtype=np.int64)
+    )
+    block = max(1, BLOCK_BYTES // (4 * max(1, len(candidates))))
     for start in range(0, len(queries), block):
-        rows = slice(start, min(start + block, len(queries)))
-        scores = (np.asarray(queries[rows], dtype=np.float64) @ transposed).astype(np.float32)
-        top[rows] = scores.argmax(1)
-        first = np.searchsorted(ordered, query_ids[rows], "left")
-        last = np.searchsorted(ordered, query_ids[rows], "right")
-        for i, (low, high) in enumerate(zip(first, last, strict=True)):
-            if low == high:
-                continue
-            positives = order[low:high]
-            best = scores[i, positives].max()
-            tied = int((scores[i] == best).sum()) - int((scores[i, positives] == best).sum())
-            ranks[start + i] = 1 + int((scores[i] > best).sum()) + tied / 2
-    return Ranks(ranks, top)
+        rows = range(start, min(start + block, len(queries)))
+        positives = [order[first[i] : last[i]] for i in rows]
+        _rank_block(queries[start : rows.stop], candidates, positives, margin, found, start)
+    return found
+
+
+def _rank_block(
+    queries: NDArray[np.float32], candidates: NDArray[np.float32], positives: list[NDArray[np.int64]],
+    margin: float, found: Ranks, start: int,
+) -> None:  # fmt: skip
+    """Fill `found` from row `start` on. Scores more than two margins apart are in their true order."""
+    scores, exact = queries @ candidates.T, margin == 0
+    tops = scores.max(axis=1)
+    for i, own in enumerate(positives):
+        best = scores[i, own].max() if own.size else tops[i]
+        near = np.flatnonzero(np.abs(scores[i] - best) <= 2 * margin)
+        if not exact and near.size > max(_MANY_CLOSE, _CLOSE_SHARE * len(candidates)):
+            # A collapsed model: nearly everything is close, and a product of matrices is faster than of rows.
+            scores, exact, margin = _products(queries, candidates), True, 0.0
+            tops = scores.max(axis=1)
+            best = scores[i, own].max() if own.size else tops[i]
+            near = np.flatnonzero(scores[i] == best)
+        front = np.flatnonzero(scores[i] >= tops[i] - 2 * margin)
+        if front.size > 1 and not exact:
+            front = front[_products(queries[i : i + 1], candidates[front])[0].argmax() :]
+        found.top[start + i] = front[0]
+        if not own.size:
+            continue
+        values = scores[i, near] if exact else _products(queries[i : i + 1], candidates[near])[0]
+        is_own = np.isin(near, own, assume_unique=True)
+        goal = values[is_own].max()
+        found.tied[start + i] = ((values == goal) & ~is_own).sum()
+        better = int((scores[i] > best + 2 * margin).sum()) + int((values > goal).sum())
+        found.ranks[start + i] = 1 + better + found.tied[start + i] / 2
+
+
+def _products(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(B, M) products summed in float64 and rounded once; candidates are widened a part at a time."""
+    out = np.empty((len(queries), len(candidates)), dtype=np.float32)
+    wide = queries.astype(np.float64)
+    step = max(1, BLOCK_BYTES // (8 * max(1, candidates.shape[1])))
+    for start in range(0, len(candidates), step):
+        out[:, start : start + step] = wide @ candidates[start : start + step].astype(np.float64).T
+    return out
+
+
+def _rounding(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> float:
+    """How far a float32 product can be from the float64 one: (D + 2) u |q| |c| (Higham 2002, section 3.1)."""
+    if not len(queries) or not len(candidates):
+        return 0.0
+    lengths = [float(np.sqrt(np.einsum("nd,nd->n", v, v).max())) for v in (queries, candidates)]
+    if not np.isfinite(lengths).all():
+        raise ValueError("embeddings are not finite")
+    return 1.01 * (queries.shape[1] + 2) * _HALF_ULP * lengths[0] * lengths[1]
 
 
 def chance_recall(num_candidates: int, num_positives: ArrayLike, k: int) -> float:

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biomedclip.errors import DataError
-from biomedclip.evaluation import metrics
+from biomedclip.evaluation import calibration, metrics, ordinal
+from biomedclip.evaluation.influence import EXACT_CELLS, balanced_accuracy_sums, choose_auroc
 from biomedclip.evaluation.retrieval import chance_recall, chance_reciprocal_rank
 from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap, bound_flawless
 from biomedclip.files import write_atomic
@@ -111,9 +112,21 @@ def _arrays(scores: Scores) -> dict[str, NDArray[Any]]:
     return {"format": np.asarray(FORMAT_VERSION), **arrays}
 
 
-def statistics_of(scores: Scores, names: tuple[str, ...]) -> dict[str, Statistic]:
-    """Each metric as a function of sample counts (statistics.py), in the order asked for."""
-    table = _class_statistics(scores) if isinstance(scores, ClassScores) else _rank_statistics(scores)
+def statistics_of(scores: Scores, names: tuple[str, ...], resampler: Resampler | None = None) -> dict[str, Statistic]:
+    """Each metric as a function of sample counts (statistics.py), in the order asked for.
+
+    With the resampler at hand, sets too large for exact resampling get sums over units instead (influence.py).
+    """
+    if isinstance(scores, RankScores):
+        table = _rank_statistics(scores)
+    else:
+        table = _class_statistics(scores)
+        if resampler is not None and scores.cosines.size * resampler.resamples > EXACT_CELLS:
+            num_classes = len(scores.classes)
+            if "balanced_accuracy" in names:
+                table["balanced_accuracy"] = balanced_accuracy_sums(scores.y, predict(scores), num_classes, resampler)
+            if "auroc" in names:
+                table["auroc"] = choose_auroc(scores.y, scores.cosines, resampler)
     return {name: table[name] for name in names}
 
 
@@ -131,12 +144,19 @@ def _class_statistics(scores: ClassScores) -> dict[str, Statistic]:
         "balanced_accuracy": of_table(metrics.balanced_accuracy),
         "macro_f1": of_table(metrics.macro_f1),
         "mcc": of_table(metrics.mcc),
+        "weighted_f1": of_table(metrics.weighted_f1),
         "kappa": of_table(metrics.kappa),
+        "quadratic_kappa": of_table(lambda table: metrics.kappa(table, "quadratic")),
+        "mean_absolute_error": lambda w: ordinal.mean_absolute_error(y, predicted, w),
+        "within_one": lambda w: ordinal.within_one(y, predicted, w),
         "auroc": lambda w: metrics.macro_auroc(y, cosines, w),
+        "auroc_pairs": lambda w: metrics.pairwise_auroc(y, cosines, w),
+        "auroc_micro": lambda w: metrics.micro_auroc(y, cosines, w),
         "auprc": lambda w: metrics.macro_average_precision(y, cosines, w),
-        "ece": lambda w: metrics.calibration_error(y, probabilities, w),
-        "brier": lambda w: metrics.brier(y, probabilities, w),
-        "nll": lambda w: metrics.negative_log_likelihood(y, logits, w),
+        "ece": lambda w: calibration.calibration_error(y, probabilities, w),
+        "ace": lambda w: calibration.calibration_error(y, probabilities, w, by="mass"),
+        "brier": lambda w: calibration.brier(y, probabilities, w),
+        "nll": lambda w: calibration.negative_log_likelihood(y, logits, w),
     }
 
 
@@ -175,7 +195,7 @@ def measure(
     groups = scores.group_ids if by == "group" else None
     y = scores.y if isinstance(scores, ClassScores) and by != "sample" else None
     resampler = Resampler(len(scores.sample_ids), y=y, groups=groups, resamples=resamples, seed=seed)
-    statistics = statistics_of(scores, names)
+    statistics = statistics_of(scores, names, resampler)
     intervals = bootstrap(statistics, resampler, level=level)
     num_classes = len(scores.classes) if isinstance(scores, ClassScores) else 0
     undefined = metrics.explain_undefined(scores.y, num_classes) if isinstance(scores, ClassScores) else "no samples"

@@ -1,31 +1,39 @@
-"""Intervals and tests: how far a number would move had other patients, slides or articles been drawn.
+"""Intervals: how far a number would move had other patients, slides or articles been drawn.
 
 Reads statistics as functions of (R, N) sample counts (metrics.py) together with the labels and group ids of the
-samples; yields percentile intervals, paired differences and p values. Two choices to question. Samples of one group
+samples; yields percentile or BCa intervals and paired differences. Three choices to question. Samples of one group
 (patient, slide, article) are resampled together whenever groups are known, because they are not independent; else
 each class is resampled by itself, which keeps its size as the test set fixed it. A resample that lacks a class the
-data has is drawn again and counted: it has no balanced accuracy of the same kind. Everything is a function of the
-seed.
+data has is drawn again and counted: it has no balanced accuracy of the same kind. Blocks of resamples have their own
+random numbers and are worked on by several threads, so everything is a function of the seed, whatever the number of
+cores. Tests of one model against another are in comparisons.py, sums for very large sets in influence.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biomedclip.evaluation.metrics import auroc
-
+Floats = NDArray[np.float64]
 Statistic = Callable[["NDArray[np.float64] | None"], Any]
 """`statistic(None)` is the value on the data, `statistic((R, N) counts)` the (R,) values on R resamples."""
+Method = Literal["percentile", "bca"]
 
 _BLOCK_CELLS = 4_000_000
-"""Counts held at once, 32 MB: more gains no speed and would grow with the test set."""
+"""Counts held at once by a thread, 32 MB: more gains no speed and would grow with the test set."""
 _MAX_REDRAWS_PER_RESAMPLE = 20
+_NEVER_MISSED = 60
+"""A class in so many units is missed by a resample once in e^60."""
+_MAX_JACKKNIFE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +62,27 @@ class Difference:
     redrawn: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class UnitSums:
+    """A statistic that depends on a resample only through sums over its units; a Statistic where units are samples.
+
+    `columns` (U, K) hold what each unit adds, `finish` maps (R, K) sums to (R,) values. `approximate` names what was
+    left out where the statistic itself is no such function.
+    """
+
+    columns: Floats
+    finish: Callable[[Floats], Floats]
+    approximate: str | None = None
+
+    def __call__(self, counts: NDArray[np.float64] | None) -> Any:
+        """The value on the data, or (R,) values under (R, U) counts of units."""
+        if counts is None:
+            return float(self.finish(self.columns.sum(0, keepdims=True))[0])
+        return self.finish(counts @ self.columns)
+
+
 class Resampler:
-    """Draws (R, N) counts of bootstrap resamples, in blocks; the same seed draws the same ones, however often asked.
+    """Draws counts of bootstrap resamples, in blocks; the same seed draws the same ones, however often asked.
 
     `y` (N,) gives the strata, or None for one stratum; `groups` (N,) resamples whole groups instead.
     """
@@ -65,55 +92,96 @@ class Resampler:
         resamples: int = 2000, seed: int = 0,
     ) -> None:  # fmt: skip
         self.size, self.resamples, self.seed, self.redrawn = size, resamples, seed, 0
-        strata = np.zeros(size, dtype=np.int64) if y is None else np.asarray(y)
-        self._strata = [np.flatnonzero(strata == value) for value in np.unique(strata)]
-        names, index = np.unique(np.asarray(groups if groups is not None else []), return_inverse=True)
-        self._group_of = index if groups is not None and len(names) < size else None
-        self.num_units = len(names) if groups is not None else size
+        strata = np.zeros(size, dtype=np.int64) if y is None else np.unique(np.asarray(y), return_inverse=True)[1]
+        self.by_group = groups is not None
+        self.unit_of: NDArray[np.int64] | None = None
+        """(N,) unit of each sample, units of one stratum side by side; None where sample i is unit i."""
+        self.num_units = size
         if groups is not None:
-            self.method = "bootstrap-percentile-group"
-        else:
-            self.method = "bootstrap-percentile" + ("-stratified" if len(self._strata) > 1 else "")
-        self._by_group = groups is not None
+            names, index = np.unique(np.asarray(groups), return_inverse=True)
+            self.num_units = len(names)
+            self.unit_of = index if len(names) < size else None
+        stratified = not self.by_group and len(np.unique(strata)) > 1
+        self.method = "group" if self.by_group else ("stratified" if stratified else "")
+        self._ends = np.asarray([self.num_units])
+        if stratified:
+            # Scattering counts over a million samples costs more than drawing them, so a stratum is a slice of units.
+            self.unit_of = np.empty(size, dtype=np.int64)
+            self.unit_of[np.argsort(strata, kind="stable")] = np.arange(size)
+            self._ends = np.cumsum(np.bincount(strata))
+        self._rare = self._find_rare(strata) if self.by_group else []
+        self._block = max(1, min(resamples, _BLOCK_CELLS // max(1, size)))
+        self.num_blocks = -(-resamples // self._block)
 
-    def draw(self) -> Iterator[NDArray[np.float64]]:
+    def name(self, method: Method = "percentile") -> str:
+        """How a result calls the interval, such as `bootstrap-percentile-group`."""
+        return "-".join(part for part in ("bootstrap", method, self.method) if part)
+
+    def draw(self) -> Iterator[Floats]:
         """Blocks of (R, N) counts, `resamples` rows in all. Raises ValueError where classes keep going missing."""
-        rng = np.random.default_rng(self.seed)
-        self.redrawn, left = 0, self.resamples
-        block = max(1, min(self.resamples, _BLOCK_CELLS // max(1, self.size)))
-        while left:
-            counts = self._draw_block(rng, min(block, left))
-            complete = np.all([counts[:, rows].sum(1) > 0 for rows in self._strata], axis=0)
-            self.redrawn += int((~complete).sum())
-            if self.redrawn > _MAX_REDRAWS_PER_RESAMPLE * self.resamples:
-                raise ValueError("a class is in so few groups that almost every resample lacks it")
-            left -= int(complete.sum())
-            if complete.any():
-                yield counts[complete]
+        self.redrawn = 0
+        for number in range(self.num_blocks):
+            counts, redrawn = self.draw_units(number)
+            self.redrawn += redrawn
+            yield self.expand(counts)
 
-    def _draw_block(self, rng: np.random.Generator, rows: int) -> NDArray[np.float64]:
-        if self._by_group:
-            counts = _count_draws(rng, rows, self.num_units)
-            return counts if self._group_of is None else counts[:, self._group_of]
-        counts = np.zeros((rows, self.size))
-        for stratum in self._strata:
-            counts[:, stratum] = _count_draws(rng, rows, stratum.size)
+    def draw_units(self, block: int) -> tuple[Floats, int]:
+        """(R, U) counts of units of one block, and how many rows were drawn again. Raises ValueError as `draw`."""
+        rng = np.random.default_rng([self.seed, block])
+        wanted = min(self._block, self.resamples - block * self._block)
+        parts, left, redrawn = [], wanted, 0
+        while left:
+            counts = self._draw_rows(rng, left)
+            if self._rare:
+                complete = np.all([counts[:, units].any(1) for units in self._rare], axis=0)
+                counts = counts[complete]
+            redrawn += left - len(counts)
+            if redrawn > _MAX_REDRAWS_PER_RESAMPLE * wanted:
+                raise ValueError("a class is in so few groups that almost every resample lacks it")
+            left -= len(counts)
+            parts.append(counts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts), redrawn
+
+    def expand(self, counts: Floats) -> Floats:
+        """(R, N) counts of samples from (R, U) counts of units."""
+        return counts if self.unit_of is None else counts[:, self.unit_of]
+
+    def strata(self) -> list[NDArray[np.int64]]:
+        """Units that are resampled among themselves."""
+        return np.split(np.arange(self.num_units), self._ends[:-1])
+
+    def _find_rare(self, strata: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Units of each class that a resample can miss; nothing where there is one class."""
+        unit = np.arange(self.size) if self.unit_of is None else self.unit_of
+        holders = [np.unique(unit[strata == value]) for value in np.unique(strata)]
+        return [units for units in holders if len(units) <= _NEVER_MISSED] if len(holders) > 1 else []
+
+    def _draw_rows(self, rng: np.random.Generator, rows: int) -> Floats:
+        counts = np.empty((rows, self.num_units))
+        for start, end in itertools.pairwise([0, *self._ends.tolist()]):
+            counts[:, start:end] = _count_draws(rng, rows, end - start)
         return counts
 
 
-def _count_draws(rng: np.random.Generator, rows: int, size: int) -> NDArray[np.float64]:
+def _count_draws(rng: np.random.Generator, rows: int, size: int) -> NDArray[np.int64]:
     """(rows, size) how often each of `size` units is drawn in `size` draws with replacement."""
-    draws = rng.integers(0, size, (rows, size), dtype=np.int64) + np.arange(rows)[:, None] * size
-    return np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+    draws = rng.integers(0, size, (rows, size), dtype=np.int64)
+    draws += np.arange(rows)[:, None] * size
+    return np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size)
 
 
-def bootstrap(statistics: Mapping[str, Statistic], resampler: Resampler, *, level: float = 0.95) -> dict[str, Interval]:
-    """A percentile interval for each statistic, all from the same resamples.
+def bootstrap(
+    statistics: Mapping[str, Statistic], resampler: Resampler, *, level: float = 0.95,
+    method: Method = "percentile", threads: int | None = None,
+) -> dict[str, Interval]:  # fmt: skip
+    """An interval for each statistic, all from the same resamples.
 
-    Quantiles (1 - level) / 2 and (1 + level) / 2 by linear interpolation. A statistic that is NaN on the data, or a
-    data set of fewer than two independent units, has an interval of NaN with the reason.
+    `percentile`: quantiles (1 - level) / 2 and (1 + level) / 2 by linear interpolation. `bca`: bias-corrected and
+    accelerated (Efron 1987), with a jackknife over units, or over 1,000 blocks of them where there are more. A
+    statistic that is NaN on the data or on a resample, or a data set of fewer than two independent units, has an
+    interval of NaN with the reason.
     """
-    facts = {"method": resampler.method, "level": level, "resamples": resampler.resamples}
+    facts = {"method": resampler.name(method), "level": level, "resamples": resampler.resamples}
     missing = float("nan")
 
     def refuse(reason: str) -> Interval:
@@ -121,22 +189,81 @@ def bootstrap(statistics: Mapping[str, Statistic], resampler: Resampler, *, leve
 
     if resampler.num_units < 2:
         return {name: refuse(f"{resampler.num_units} independent unit(s)") for name in statistics}
-    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in statistics}
     try:
-        for counts in resampler.draw():
-            for name, statistic in statistics.items():
-                values[name].append(statistic(counts))
+        values = resample(statistics, resampler, threads=threads)
     except ValueError as error:
         return {name: refuse(str(error)) for name in statistics}
     intervals = {}
-    for name, parts in values.items():
-        drawn = np.concatenate(parts)
+    for name, drawn in values.items():
         if np.isnan(drawn).any():
             intervals[name] = refuse(f"undefined on {int(np.isnan(drawn).sum())} of {drawn.size} resamples")
             continue
-        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-        intervals[name] = Interval(low=float(low), high=float(high), redrawn=resampler.redrawn, **facts)  # type: ignore[arg-type]
+        tails = (1 - level) / 2, (1 + level) / 2
+        if method == "bca":
+            tails = _correct_tails(statistics[name], drawn, resampler, tails)
+        low, high = np.quantile(drawn, tails)
+        approximate = getattr(statistics[name], "approximate", None)
+        own = facts | ({"method": f"{facts['method']}-{approximate}"} if approximate else {})
+        intervals[name] = Interval(low=float(low), high=float(high), redrawn=resampler.redrawn, **own)  # type: ignore[arg-type]
     return intervals
+
+
+def resample(
+    statistics: Mapping[str, Statistic], resampler: Resampler, *, threads: int | None = None
+) -> dict[str, Floats]:
+    """(R,) values of each statistic on the resamples, in their order. Raises ValueError as `Resampler.draw`."""
+
+    def work(block: int) -> tuple[int, list[Floats]]:
+        counts, redrawn = resampler.draw_units(block)
+        plain = [s for s in statistics.values() if not isinstance(s, UnitSums)]
+        expanded = resampler.expand(counts) if plain else counts
+        return redrawn, [s(counts if isinstance(s, UnitSums) else expanded) for s in statistics.values()]
+
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8)) as pool:
+        done = list(pool.map(work, range(resampler.num_blocks)))
+    resampler.redrawn = sum(redrawn for redrawn, _ in done)
+    return {name: np.concatenate([parts[i] for _, parts in done]) for i, name in enumerate(statistics)}
+
+
+def _correct_tails(
+    statistic: Statistic, drawn: Floats, resampler: Resampler, tails: tuple[float, float]
+) -> tuple[float, float]:
+    """BCa levels (Efron 1987, section 4; several strata as in Davison and Hinkley 1997, section 5.3)."""
+    normal = NormalDist()
+    value = statistic(None)
+    share = float(((drawn < value).sum() + (drawn == value).sum() / 2) / drawn.size)
+    if not 0 < share < 1:
+        return tails
+    bias, acceleration = normal.inv_cdf(share), _acceleration(statistic, resampler)
+
+    def correct(tail: float) -> float:
+        z = bias + normal.inv_cdf(tail)
+        return normal.cdf(bias + z / (1 - acceleration * z))
+
+    return correct(tails[0]), correct(tails[1])
+
+
+def _acceleration(statistic: Statistic, resampler: Resampler) -> float:
+    """From leaving out one unit, or one of at most 1,000 blocks of units, at a time."""
+    cubes = squares = 0.0
+    rng = np.random.default_rng(resampler.seed)
+    for stratum in resampler.strata():
+        blocks = np.array_split(rng.permutation(stratum), min(len(stratum), _MAX_JACKKNIFE))
+        if len(blocks) < 2:
+            continue
+        without = np.asarray([_leave_out(statistic, resampler, block) for block in blocks])
+        if np.isnan(without).any():
+            return 0.0
+        push = (len(blocks) - 1) * (without.mean() - without)
+        cubes += float((push**3).sum()) / len(blocks) ** 3
+        squares += float((push**2).sum()) / len(blocks) ** 2
+    return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def _leave_out(statistic: Statistic, resampler: Resampler, units: NDArray[np.int64]) -> float:
+    counts = np.ones((1, resampler.num_units))
+    counts[0, units] = 0
+    return float(statistic(counts if isinstance(statistic, UnitSums) else resampler.expand(counts))[0])
 
 
 def bound_flawless(sizes: Sequence[int], level: float = 0.95) -> float:
@@ -160,78 +287,16 @@ def bound_flawless(sizes: Sequence[int], level: float = 0.95) -> float:
 def paired_bootstrap(a: Statistic, b: Statistic, resampler: Resampler, *, level: float = 0.95) -> Difference:
     """b - a on the same samples: value, percentile interval and p = 2 min(#{d <= 0} + 1, #{d >= 0} + 1) / (R + 1).
 
-    Both models are evaluated on the same draws, so what they share cancels.
+    Both models are evaluated on the same draws, so what they share cancels. Raises ValueError where resamples keep
+    lacking a class, or where a difference is undefined.
     """
-    drawn = np.concatenate([b(counts) - a(counts) for counts in resampler.draw()])
+    values = resample({"a": a, "b": b}, resampler)
+    drawn = values["b"] - values["a"]
+    if np.isnan(drawn).any():
+        raise ValueError(f"the difference is undefined on {int(np.isnan(drawn).sum())} of {drawn.size} resamples")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum())) + 1
     return Difference(
         value=float(b(None) - a(None)), low=float(low), high=float(high), p=min(1.0, 2 * tail / (drawn.size + 1)),
-        method=resampler.method.replace("bootstrap", "paired-bootstrap"), redrawn=resampler.redrawn,
+        method=f"paired-{resampler.name()}", redrawn=resampler.redrawn,
     )  # fmt: skip
-
-
-def mcnemar(a_correct: ArrayLike, b_correct: ArrayLike) -> float:
-    """Two-sided mid-p value of McNemar's exact test on the samples that exactly one of two models gets right.
-
-    Fagerland et al. 2013: 2 P(X <= min(b, c)) - P(X = min(b, c)) for X ~ Binomial(b + c, 1/2); 1 where b = c.
-    """
-    a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    total, smaller = only_a + only_b, min(only_a, only_b)
-    if only_a == only_b:
-        return 1.0
-    log_terms = [
-        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
-        for k in range(smaller + 1)
-    ]
-    terms = [math.exp(term) for term in log_terms]
-    return min(1.0, 2 * math.fsum(terms) - terms[-1])
-
-
-def delong(positive: ArrayLike, a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Difference:
-    """Difference AUROC(b) - AUROC(a) of two scores of the same samples, with DeLong's interval and p value.
-
-    DeLong et al. 1988, with placements from mid-ranks (Sun and Xu 2014): O(N log N). Raises ValueError without at
-    least two positives and two negatives, where the variance is undefined.
-    """
-    positive = np.asarray(positive, dtype=bool)
-    if positive.sum() < 2 or (~positive).sum() < 2:
-        raise ValueError("DeLong's variance needs two positives and two negatives")
-    over_negatives, over_positives = zip(*(_placements(positive, np.asarray(s)) for s in (a, b)), strict=True)
-    spread = np.cov(over_negatives) / positive.sum() + np.cov(over_positives) / (~positive).sum()
-    value = auroc(positive, b) - auroc(positive, a)
-    error = math.sqrt(max(0.0, float(spread[0, 0] + spread[1, 1] - 2 * spread[0, 1])))
-    if error == 0:
-        return Difference(value=value, low=value, high=value, p=1.0 if value == 0 else 0.0, method="delong")
-    width = _normal_quantile((1 + level) / 2) * error
-    p = math.erfc(abs(value) / error / math.sqrt(2))
-    return Difference(value=value, low=value - width, high=value + width, p=p, method="delong")
-
-
-def _placements(positive: NDArray[np.bool_], scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
-    high, low = np.sort(scores[positive]), np.sort(scores[~positive])
-    below = _midpoint(low, scores[positive]) / low.size
-    above = 1 - _midpoint(high, scores[~positive]) / high.size
-    return below, above
-
-
-def _midpoint(ordered: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float64]:
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2
-
-
-def _normal_quantile(probability: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(probability)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p values, in the order given."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for position, i in enumerate(order):
-        running = max(running, min(1.0, p_values[i] * (len(p_values) - position)))
-        adjusted[i] = running
-    return adjusted

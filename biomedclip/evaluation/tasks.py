@@ -18,10 +18,11 @@ from pydantic import Field, model_validator
 from biomedclip.config import Config, check_config, parse_yaml
 from biomedclip.errors import ConfigError
 
-EnsembleMode = Literal["embed", "logit", "max", "prob", "none"]
+EnsembleMode = Literal["embed", "logit", "max", "lse", "prob", "none"]
 
 CLASS_METRICS = (
-    "balanced_accuracy", "accuracy", "auroc", "auprc", "macro_f1", "mcc", "kappa", "ece", "brier", "nll",
+    "balanced_accuracy", "accuracy", "auroc", "auroc_pairs", "auroc_micro", "auprc", "macro_f1", "weighted_f1", "mcc",
+    "kappa", "quadratic_kappa", "mean_absolute_error", "within_one", "ece", "ace", "brier", "nll",
 )  # fmt: skip
 RANK_METRICS = tuple(
     f"{direction}/{metric}"
