@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from biomedclip import __version__
+from biomedclip.continual_commands import add_continual_commands
 from biomedclip.data_commands import data_app
 from biomedclip.errors import BiomedclipError, MissingExtra
 
@@ -125,6 +126,9 @@ def evaluate(
     data = {task: str(resolve_root(path)) for task, path in settings.data.items()}
     settings = settings.model_copy(update={"data": data})
     typer.echo(results_table(run(settings, out, progress=terminal)))
+
+
+add_continual_commands(app)
 
 
 @app.command(epilog="Example: biomedclip models")

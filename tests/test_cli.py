@@ -15,6 +15,9 @@ OPTIONS = {
     "build": {"config", "--out", "--set", "--print-config"},
     "train": {"config", "--out", "--set", "--resume", "--print-config"},
     "evaluate": {"config", "--out", "--set", "--print-config"},
+    "wise": {"run", "--out", "--alpha", "--start"},
+    "forgetting": {"runs"},
+    "teach": {"config", "--teacher", "--name", "--views", "--out", "--set"},
     "models": set(),
     "doctor": set(),
 }
