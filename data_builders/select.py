@@ -22,6 +22,7 @@ import biomedclip
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.files import explain_full_disk, remove_leftovers, sha256_file, sha256_json, write_atomic
 from biomedclip.licences import is_allowed
+from biomedclip.predicates import check_predicate, rows_where
 from biomedclip.progress import Progress, silent
 from biomedclip.schema import SPLITS
 from biomedclip.shards import ARTICLE_COLUMNS, arrow_schema, read_tables
@@ -42,7 +43,6 @@ from data_builders.selection import (
     first_day,
 )
 from data_builders.units import HARVEST, PAIR_COLUMNS, UnitRecord, fingerprint_units, missing_units, read_units
-from data_builders.where import check_predicate, rows_where
 
 if TYPE_CHECKING:
     import pyarrow as pa

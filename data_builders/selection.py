@@ -17,13 +17,13 @@ from pydantic import Field, field_validator, model_validator
 
 from biomedclip.config import Config
 from biomedclip.errors import ConfigError, DataError
+from biomedclip.predicates import check_predicate
 from data_builders.caption_quality import CaptionConfig
 from data_builders.dedup import REASONS as DUPLICATE_REASONS
 from data_builders.dedup import DedupConfig
 from data_builders.filters import RuleConfig
 from data_builders.hamming import DEFAULT_DISTANCE, MAX_DISTANCE
 from data_builders.units import PAIR_COLUMNS
-from data_builders.where import check_predicate
 
 REASONS = (
     "excluded_article", "where", "licence_not_allowed", "other_language", "image_too_small", "image_too_elongated",

@@ -180,7 +180,7 @@ def local_fetcher(folder: Path):
 def test_a_set_without_weights_says_so(tmp_path: Path) -> None:
     from synthetic_shards import write_colours
 
-    from biomedclip.stream.loader import StreamSource, read_rows
+    from biomedclip.stream.rows import StreamSource, read_rows
 
     folder = write_colours(tmp_path / "colours")
     with pytest.raises(DataError, match="was compiled without class weights"):
@@ -190,7 +190,7 @@ def test_a_set_without_weights_says_so(tmp_path: Path) -> None:
 def test_the_size_exponent_mixes_sets_by_a_power_of_their_size(skewed: Path, tmp_path: Path) -> None:
     from synthetic_shards import write_colours
 
-    from biomedclip.stream.loader import StreamSource, read_rows
+    from biomedclip.stream.rows import StreamSource, read_rows
 
     folder = write_colours(tmp_path / "colours")
     sources = [StreamSource(name="s", path=skewed), StreamSource(name="c", path=folder, weight=2)]

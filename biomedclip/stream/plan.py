@@ -1,15 +1,14 @@
 """Which sample when: a pure function of the step, so that resuming needs nothing but the step.
 
-Reads the sources (name, weight, and for each row the article it belongs to); yields for any step the rows of that
+Reads the sources (weight, how their rows lie in shards, which rows are kin) and yields for any step the rows of that
 batch. Three decisions make it pure and exact:
 
-* The slots of all batches form one endless line. A smooth weighted round robin deals them to the sources, so a batch
-  holds each source's share to within one sample, what a batch could not give is carried to the next, and after
-  `PATTERN` slots the shares are exact. How many slots a source got before step t is a table look-up.
-* A source's n-th slot is entry n of its epochs laid end to end. Each epoch visits each row exactly once.
-* Rows of one article are spread evenly over an epoch instead of being shuffled blindly: shards are written article by
-  article, and two figures of one article in a batch are false negatives of each other. A batch is free of them where
-  the article has no more rows than the epoch has batches.
+* The slots of all batches form one endless line, dealt to the sources by `biomedclip.stream.mixture`: how many slots a
+  source had before a step is a closed form of the step.
+* A source's n-th slot is entry n of its epochs laid end to end. Each epoch visits each of its rows exactly once
+  (`biomedclip.stream.members` says which those are where there are caps).
+* The order of an epoch is worked out window by window (`biomedclip.stream.order`), with kin kept apart by more than a
+  batch, so that neither resuming nor a batch needs more than the index of one window.
 
 The reader may expect random draws of the source: those make shares right on average only, and need a generator's
 state to resume.
@@ -18,31 +17,40 @@ state to resume.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
 from biomedclip.errors import ConfigError
 from biomedclip.files import sha256_json
+from biomedclip.stream.members import Caps, Members
+from biomedclip.stream.mixture import Mixture, Weight
+from biomedclip.stream.order import WINDOW_ROWS, WINDOW_SHARDS, Kin, Order
 
-PATTERN = 4096
-"""Slots after which the shares are exact: weights are rounded to this many parts of the whole."""
-
-_CACHED_EPOCHS = 8
+_VERSION = 2
+"""Raised where the same config would give other samples: runs begun before cannot be resumed then."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlanSource:
-    """One source of samples: its share, and the article (or other group to keep apart) of each row."""
+    """One source of samples, as far as the plan needs it."""
 
     name: str
-    weight: float
-    groups: tuple[str | None, ...]
+    weight: Weight
+    bounds: np.ndarray
+    """(S + 1,) rows where its shards begin, and the number of rows."""
+    kin: Callable[[np.ndarray], Kin]
+    """What the given rows must be kept apart by: an id of the article, of the caption; -1 for none."""
+    content: str
+    """Identity of the rows: other samples, or in another order, have another one."""
+    caps: Caps | None = None
+    keep: np.ndarray | None = None
+    """(N,) probability that an epoch visits the row."""
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return int(self.bounds[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +62,86 @@ class Pick:
     epoch: int
 
 
-class Plan:
-    """The samples of every batch. Raises ConfigError for no sources, an empty one, or weights that are not positive."""
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """A batch as columns (B,), in slot order."""
 
-    def __init__(self, sources: Sequence[PlanSource], *, batch_size: int, seed: int) -> None:
+    sources: np.ndarray
+    rows: np.ndarray
+    epochs: np.ndarray
+
+    def __iter__(self) -> Iterator[Pick]:
+        return map(Pick, self.sources.tolist(), self.rows.tolist(), self.epochs.tolist())
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+class Plan:
+    """The samples of every batch. Raises ConfigError for no sources, an empty one, or weights that are not positive.
+
+    `first_step` is the step at which this plan took over from another one; its epochs begin there.
+    """
+
+    def __init__(self, sources: Sequence[PlanSource], *, batch_size: int, seed: int, first_step: int = 0) -> None:
         if not sources:
             raise ConfigError("data.sources", "names no source", todo="add at least one")
         for source in sources:
             if not len(source):
                 raise ConfigError(f"data.sources: {source.name}", "has no samples", todo="check its path and split")
-            if not source.weight > 0:
-                raise ConfigError(f"data.sources: {source.name}", "has no positive weight", found=source.weight)
         if batch_size < 1:
             raise ConfigError("batch_size", "must be at least 1", found=batch_size)
-        self.sources, self.batch_size, self.seed = tuple(sources), batch_size, seed
-        self._pattern = deal_slots([source.weight for source in sources])
-        self._before = np.zeros((PATTERN + 1, len(sources)), dtype=np.int64)
-        np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0, out=self._before[1:])
-        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self.sources, self.batch_size, self.seed, self.first_step = tuple(sources), batch_size, seed, first_step
+        self.mixture = Mixture({s.name: s.weight for s in sources}, batch_size=batch_size, first_step=first_step)
+        self.members = tuple(
+            Members(s.name, len(s), seed=self._draw("members", s.name), caps=s.caps, keep=s.keep) for s in sources
+        )
+        self._orders = tuple(self._order(number) for number in range(len(sources)))
 
     def batch(self, step: int) -> tuple[Pick, ...]:
-        """The `batch_size` samples of batch `step` (from 0), in slot order."""
-        first = step * self.batch_size
-        given = self.given(first)
-        picks = []
-        for slot in range(first, first + self.batch_size):
-            source = int(self._pattern[slot % PATTERN])
-            epoch, offset = divmod(int(given[source]), len(self.sources[source]))
-            picks.append(Pick(source, int(self._order(source, epoch)[offset]), epoch))
-            given[source] += 1
-        return tuple(picks)
+        """The `batch_size` samples of batch `step`, in slot order."""
+        return tuple(self.picks(step))
+
+    def picks(self, step: int) -> Picks:
+        """The samples of batch `step` as columns."""
+        sources, ordinals = self.mixture.deal(step)
+        rows, epochs = np.empty_like(ordinals), np.empty_like(ordinals)
+        for source in np.unique(sources).tolist():
+            slots = np.flatnonzero(sources == source)
+            done = 0
+            while done < len(slots):
+                epoch, place = self.members[source].locate(int(ordinals[slots[done]]))
+                found = self._orders[source].rows(epoch, place, len(slots) - done)
+                part = slots[done : done + len(found)]
+                rows[part], epochs[part] = found, epoch
+                done += len(found)
+        return Picks(sources, rows, epochs)
 
     def given(self, slots: int) -> np.ndarray:
-        """(S,) how many of the first `slots` slots each source got."""
-        rounds, rest = divmod(slots, PATTERN)
-        return rounds * self._before[PATTERN] + self._before[rest]
+        """(S,) how many of the first `slots` slots, a multiple of the batch size, each source got."""
+        return self.mixture.before(self.first_step + slots // self.batch_size)
+
+    def epochs_before(self, step: int, source: int) -> float:
+        """Epochs of a source in the batches before `step`, the part of the last one as a fraction."""
+        ordinal = int(self.mixture.before(step)[source])
+        if not ordinal:
+            return 0.0
+        epoch, place = self.members[source].locate(ordinal)
+        return epoch + place / max(self.members[source].before(epoch + 1) - self.members[source].before(epoch), 1)
+
+    def steps_of(self, source: int, row: int, until: int) -> list[tuple[int, int]]:
+        """(step, epoch) of each time that a batch before step `until` holds the row, ascending."""
+        found: list[tuple[int, int]] = []
+        given = int(self.mixture.before(max(until, self.first_step))[source])
+        epoch = 0
+        while self.members[source].before(epoch) < given:
+            place = self._orders[source].place(epoch, row)
+            if place is not None:
+                step = self.mixture.step_of(source, self.members[source].before(epoch) + place, until)
+                if step is not None:
+                    found.append((step, epoch))
+            epoch += 1
+        return found
 
     def substitute(self, pick: Pick, attempt: int) -> Pick:
         """Another sample of the same source in place of one that cannot be read; the same one on every run."""
@@ -96,70 +149,36 @@ class Plan:
         draw = draw_int(self.seed, "substitute", self.sources[pick.source].name, pick.row, pick.epoch, attempt)
         return Pick(pick.source, (pick.row + 1 + draw % max(rows - 1, 1)) % rows, pick.epoch)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Identity of the plan: a resumed run must have the same one, or its step numbers mean other samples."""
-        sources = [[source.name, source.weight, list(source.groups)] for source in self.sources]
-        return sha256_json({"sources": sources, "batch_size": self.batch_size, "seed": self.seed, "version": 1})
+        sources = [
+            [s.name, sorted(s.weight.items()) if not isinstance(s.weight, int | float) else float(s.weight), s.content,
+             _digest(s.bounds), _digest(s.keep), *((_digest(s.caps.groups), _digest(s.caps.taken)) if s.caps else ())]
+            for s in self.sources
+        ]  # fmt: skip
+        facts = {"version": _VERSION, "window": [WINDOW_ROWS, WINDOW_SHARDS], "batch_size": self.batch_size,
+                 "seed": self.seed, "first_step": self.first_step, "sources": sources}  # fmt: skip
+        return sha256_json(facts)
 
-    def _order(self, source: int, epoch: int) -> np.ndarray:
-        key = (source, epoch)
-        if key not in self._orders:
-            owner = self.sources[source]
-            self._orders[key] = spread_rows(owner.groups, draw_int(self.seed, "order", owner.name, epoch))
-            while len(self._orders) > _CACHED_EPOCHS * len(self.sources):
-                self._orders.popitem(last=False)
-        return self._orders[key]
+    def restarted(self, first_step: int) -> Plan:
+        """The same plan, its epochs beginning anew at a step."""
+        return Plan(self.sources, batch_size=self.batch_size, seed=self.seed, first_step=first_step)
 
+    def _draw(self, *facts: object) -> int:
+        return draw_int(self.seed, *facts, *((self.first_step,) if self.first_step else ()))
 
-def mixing_weights(weights: Sequence[float], sizes: Sequence[int], exponent: float) -> list[float]:
-    """Weights of sources of so many samples, times size ** exponent: 0 leaves them, 1 makes them proportional to size.
-
-    Between the two, small sources come up more often than their size says and less often than large ones (the
-    temperature sampling of multilingual models: Conneau and Lample 2019, section 3.1).
-    """
-    return [weight * size**exponent for weight, size in zip(weights, sizes, strict=True)]
-
-
-def deal_slots(weights: Sequence[float]) -> np.ndarray:
-    """(PATTERN,) source of each slot: smooth weighted round robin over weights rounded to PATTERN parts.
-
-    At each slot every source's credit grows by its share and the largest credit takes the slot, so any run of slots
-    is within one of its exact share; the credits are back at zero after PATTERN slots.
-    """
-    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * PATTERN
-    parts = np.maximum(np.floor(exact), 1).astype(np.int64)
-    for source in np.argsort(parts - exact, kind="stable")[: max(PATTERN - int(parts.sum()), 0)]:
-        parts[source] += 1
-    parts[np.argmax(parts)] += PATTERN - parts.sum()
-    credit = np.zeros(len(parts), dtype=np.int64)
-    slots = np.empty(PATTERN, dtype=np.int16)
-    for slot in range(PATTERN):
-        credit += parts
-        slots[slot] = taken = int(np.argmax(credit))
-        credit[taken] -= PATTERN
-    return slots
-
-
-def spread_rows(groups: Sequence[str | None], seed: int) -> np.ndarray:
-    """(N,) a random order of the rows in which the rows of one group lie about N / (rows of the group) apart.
-
-    Each group gets a random start on a circle and its rows, shuffled, even distances from there with a jitter of a
-    quarter of that distance. A row without a group is a group of its own, so without groups this is a plain shuffle.
-    """
-    random = np.random.Generator(np.random.Philox(key=seed))
-    _, ids = np.unique([f"g{g}" if g is not None else f"r{i}" for i, g in enumerate(groups)], return_inverse=True)
-    shuffled = random.permutation(len(ids))
-    by_group = shuffled[np.argsort(ids[shuffled], kind="stable")]
-    sizes = np.bincount(ids)
-    starts = np.repeat(np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
-    size = np.repeat(sizes, sizes)
-    rank = np.arange(len(ids)) - starts
-    place = np.repeat(random.random(len(sizes)), sizes) + (rank + random.uniform(-0.125, 0.125, len(ids))) / size
-    return by_group[np.argsort(place % 1.0, kind="stable")]
+    def _order(self, number: int) -> Order:
+        source = self.sources[number]
+        return Order(self.members[number], source.bounds, source.kin, partial(self._draw, source.name),
+                     apart=self.mixture.most_per_batch(number))  # fmt: skip
 
 
 def draw_int(*facts: object) -> int:
     """A 64-bit number that depends on the facts alone: randomness without a state."""
     text = "\x1f".join(str(fact) for fact in facts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _digest(values: np.ndarray | None) -> str | None:
+    return None if values is None else hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -1,23 +1,48 @@
-"""The samples of a mixture as columns, and what the plan needs of them.
+"""The samples of a mixture: what reading one takes, as columns by row, and what the plan needs of them.
 
-Reads the sources that a config names (dataset folders of ours or foreign tars, here or at a URL) and yields, for each
-source of the plan, the columns that reading a sample takes. A balanced source becomes several sources of the plan.
+Reads the sources that a config names (dataset folders of ours or foreign tars, here or at a URL), chooses their rows
+(`biomedclip.stream.selection`) and yields one `Rows` and one source of the plan for each part. A balanced source has
+several parts. Columns are read from the index when they are asked for, shard by shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
-from biomedclip.errors import ConfigError, DataError
-from biomedclip.stream.plan import PlanSource, mixing_weights
+import numpy as np
+
+from biomedclip.errors import ConfigError
+from biomedclip.files import write_atomic
+from biomedclip.predicates import check_predicate
+from biomedclip.stream.captions import CaptionMix
+from biomedclip.stream.columns import READ_COLUMNS, ShardIndex, hash_text
+from biomedclip.stream.fetch import Fetcher
+from biomedclip.stream.mixture import Weight, mixing_weights, scale_weight
+from biomedclip.stream.order import Kin
+from biomedclip.stream.plan import PlanSource
 from biomedclip.stream.presets import Augmentation
-from biomedclip.stream.source import FetcherHere, Place, locate
+from biomedclip.stream.selection import Choice, RowNumbers, Selection, select_rows
+from biomedclip.stream.source import FetcherHere, Place, locate, open_shards
 
-_READ_COLUMNS = ("key", "shard", "image_offset", "image_size", "image_format", "image_crc32", "text_offset",
-                 "text_size", "json_offset", "json_size", "num_captions", "modality")  # fmt: skip
+Value = TypeVar("Value", covariant=True)
+
+_CAPTIONS_AT_ONCE = 256
+
+
+class KeepRule(Protocol):
+    """What a caption says of how often its sample shall be seen."""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the rule."""
+
+    def __call__(self, captions: Iterable[str]) -> np.ndarray:
+        """(N,) probability of each caption that an epoch keeps its sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +60,65 @@ class StreamSource:
     """Foreign tars: the key of a sample's json that names its article."""
     article_pattern: str | None = None
     """Foreign tars: a regular expression that finds the article in a sample's key."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     split: str = "train"
+    where: str | None = None
+    """An SQL condition over the columns of the index; `article.<column>` are the facts of the sample's article."""
+    caps: Mapping[str, int | None] = field(default_factory=dict)
+    """`label` and `concept`: the most samples an epoch takes of each label or concept."""
+    keep: KeepRule | None = None
+    """How likely an epoch keeps a sample, by its first caption."""
     balance: bool | Literal["weights"] = False
     """True: every class (first label of a sample) takes the same share of the source, however many samples it has.
     `weights`: a sample is used as often as the class weights say that the data set was compiled with."""
+    captions: CaptionMix | None = None
+    """How often each kind of text is read; None for one of the captions, each as likely."""
     augmentation: str | Augmentation = "auto"
     """A preset of `biomedclip.stream.presets`, an augmentation, or `auto`: by each sample's modality."""
+
+    @property
+    def choice(self) -> Choice:
+        """What of the source is used."""
+        caps = {kind: cap for kind, cap in self.caps.items() if cap is not None}
+        return Choice(split=self.split, where=self.where, caps=caps, balance=self.balance)
+
+
+class Column(Sequence[Value]):
+    """One column of the rows of a plan source, read from the index when asked for."""
+
+    def __init__(self, index: ShardIndex, rows: RowNumbers, name: str) -> None:
+        self._index, self._rows, self._name = index, rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._index.value(int(self._rows[row]), self._name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[row] for row in range(len(self)))
+
+
+class LabelIds(Column[tuple[int, ...]]):
+    """Labels of the rows as ids of the mixture."""
+
+    def __init__(self, index: ShardIndex, rows: RowNumbers, ids: Mapping[str, int]) -> None:
+        super().__init__(index, rows, "labels")
+        self._ids = ids
+
+    def __getitem__(self, row: Any) -> Any:
+        return tuple(self._ids[label] for label in super().__getitem__(row) or ())
+
+
+class ArticleIds(Column[int]):
+    """Articles of the rows as ids, equal in all sources; -1 for none."""
+
+    def __init__(self, index: ShardIndex, rows: RowNumbers) -> None:
+        super().__init__(index, rows, "article_id")
+
+    def __getitem__(self, row: Any) -> Any:
+        article = super().__getitem__(row)
+        return -1 if article is None else hash_text(article)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +127,16 @@ class Rows:
 
     place: Place
     source: StreamSource
-    columns: dict[str, list[Any]]
-    labels: list[tuple[int, ...]]
-    articles: list[int]
+    numbers: RowNumbers
+    """Their rows in the index."""
+    columns: Mapping[str, Sequence[Any]]
+    labels: Sequence[tuple[int, ...]]
+    articles: Sequence[int]
+    most_labels: int
+    """Of one sample of the source."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.numbers)
 
 
 def read_rows(
@@ -65,76 +146,89 @@ def read_rows(
 
     A balanced source becomes one plan source per class, or per distinct class weight. A label's id is its place among
     all `source: label` names, so that two sets with a class `normal` do not share it. Raises DataError for a missing
-    folder or an empty split.
+    folder or an empty split, ConfigError for a `where` that is none.
     """
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError("data.sources", "two sources have one name", found=", ".join(names), todo="rename one")
-    places = [
-        locate(source.path, source.shards, source.name, fetcher.open(), article_key=source.article_key,
-               article_pattern=source.article_pattern)
-        for source in sources
-    ]  # fmt: skip
-    tables = [_read_split(source, place) for source, place in zip(sources, places, strict=True)]
+    opened = fetcher.open()
+    places = [find_place(source, opened) for source in sources]
+    selections = [
+        select_rows(place, source.name, source.choice, opened.config.folder)
+        for source, place in zip(sources, places, strict=True)
+    ]
     label_names = sorted(
-        {f"{s.name}: {label}" for s, table in zip(sources, tables, strict=True) for label in _known(table["labels"])}
+        f"{source.name}: {label}"
+        for source, selection in zip(sources, selections, strict=True)
+        for label in selection.labels
     )
-    articles = sorted({a for table in tables for a in table["article_id"] if a is not None})
     label_ids = {name: number for number, name in enumerate(label_names)}
-    article_ids = {name: number for number, name in enumerate(articles)}
     rows, plan_sources = [], []
-    sizes = [len(table["key"]) for table in tables]
-    weights = mixing_weights([source.weight for source in sources], sizes, size_exponent)
-    for source, place, table, weight in zip(sources, places, tables, weights, strict=True):
-        for part, (share, members) in _parts(source, place, table).items():
-            taken = {column: [values[i] for i in members] for column, values in table.items()}
-            groups = tuple(taken["article_id"])
-            plan_sources.append(PlanSource(name=part, weight=weight * share, groups=groups))
-            labels = [tuple(label_ids[f"{source.name}: {x}"] for x in names or ()) for names in taken["labels"]]
-            columns = {column: taken[column] for column in _READ_COLUMNS}
-            numbers = [article_ids.get(a, -1) for a in groups]
-            rows.append(Rows(place, source, columns, labels, numbers))
+    weights = mixing_weights([source.weight for source in sources], [len(s) for s in selections], size_exponent)
+    for source, place, selection, weight in zip(sources, places, selections, weights, strict=True):
+        own = {label: label_ids[f"{source.name}: {label}"] for label in selection.labels}
+        keep = _read_keep(source, place, selection, fetcher)
+        done = 0
+        for part in selection.parts:
+            index = place.index
+            columns = {column: Column[Any](index, part.rows, column) for column in READ_COLUMNS}
+            rows.append(Rows(place, source, part.rows, columns, LabelIds(index, part.rows, own),
+                             ArticleIds(index, part.rows), selection.most_labels))  # fmt: skip
+            plan_sources.append(
+                PlanSource(
+                    name=part.name, weight=scale_weight(weight, part.share), bounds=bounds_of(index, part.rows),
+                    kin=partial(_kin_of, index, part.rows), content=selection.sha256, caps=part.caps,
+                    keep=None if keep is None else keep[done : done + len(part.rows)],
+                )
+            )  # fmt: skip
+            done += len(part.rows)
     return rows, plan_sources, label_names
 
 
-def _read_split(source: StreamSource, place: Place) -> dict[str, list[Any]]:
-    index = place.table.select([*_READ_COLUMNS, "article_id", "labels", "split"])
-    table: dict[str, list[Any]] = index.to_pydict()
-    chosen = [i for i, split in enumerate(table["split"]) if split == source.split]
-    if not chosen:
-        found = ", ".join(sorted(set(table["split"]))) or "no samples"
-        raise DataError(place.where, f"has no samples of split '{source.split}'", found=found)
-    return {column: [values[i] for i in chosen] for column, values in table.items()}
+def find_place(source: StreamSource, fetcher: Fetcher) -> Place:
+    """Where a source lies. Raises DataError where there is none, ConfigError for a `where` that is no condition."""
+    wanted = check_predicate(source.where, f"data.sources: {source.name}: where") if source.where is not None else ()
+    return locate(source.path, source.shards, source.name, fetcher, article_key=source.article_key,
+                  article_pattern=source.article_pattern, articles="article" in wanted)  # fmt: skip
 
 
-def _parts(source: StreamSource, place: Place, table: Mapping[str, list[Any]]) -> dict[str, tuple[float, list[int]]]:
-    """Plan source name -> share of the source and rows: all of it, or a part per class or weight to be balanced."""
-    if not source.balance:
-        return {source.name: (1.0, list(range(len(table["key"]))))}
-    parts: dict[str, list[int]] = {}
-    if source.balance == "weights":
-        # Samples of one weight are used equally often: shuffled together, no class of them needs slots of its own.
-        weights = _stored_weights(place, table["labels"])
-        for i, weight in enumerate(weights):
-            parts.setdefault(f"{source.name}/{weight:g}", []).append(i)
-        whole = sum(weights)
-        return {name: (sum(weights[i] for i in rows) / whole, rows) for name, rows in sorted(parts.items())}
-    for i, labels in enumerate(table["labels"]):
-        parts.setdefault(f"{source.name}/{labels[0] if labels else ''}", []).append(i)
-    return {name: (1 / len(parts), rows) for name, rows in sorted(parts.items())}
+def bounds_of(index: ShardIndex, rows: RowNumbers) -> np.ndarray:
+    """(S + 1,) where the chosen rows of each shard begin among all chosen rows, and their number."""
+    if isinstance(rows, range):
+        return np.clip(index.bounds - rows.start, 0, len(rows))
+    found: np.ndarray = np.searchsorted(rows, index.bounds).astype(np.int64)
+    return found
 
 
-def _stored_weights(place: Place, labels: Sequence[Sequence[str] | None]) -> list[float]:
-    """The weight of each sample: the largest class weight of its labels. Raises DataError where the set has none."""
-    manifest = place.dataset.manifest if place.dataset else {}
-    balance = manifest.get("provenance", {}).get("balance")
-    if not balance:
-        raise DataError(place.where, "was compiled without class weights", todo="build it from a recipe with balance, "
-                        "or use balance: true")  # fmt: skip
-    weights = balance["class_weights"]
-    # A class that the training images lacked when the set was compiled has no weight, and is used as it comes.
-    return [max(weights.get(label, 1.0) for label in names or ("",)) for names in labels]
+def _kin_of(index: ShardIndex, rows: RowNumbers, places: np.ndarray) -> Kin:
+    return index.kin(places + rows.start if isinstance(rows, range) else rows[places])
 
 
-def _known(column: Sequence[Sequence[str] | None]) -> set[str]:
-    return {label for labels in column for label in labels or ()}
+def _read_keep(source: StreamSource, place: Place, selection: Selection, fetcher: FetcherHere) -> np.ndarray | None:
+    """(N,) keep-probabilities of the rows of all parts, end to end; read from the cache folder where they are known."""
+    if source.keep is None:
+        return None
+    path = fetcher.config.folder / "keep" / f"{selection.sha256[:32]}-{source.keep.sha256[:32]}.npy"
+    with suppress(OSError, ValueError):
+        stored: np.ndarray = np.load(path, allow_pickle=False)
+        if len(stored) == len(selection):
+            return stored
+    keep = np.concatenate([source.keep(_captions(place, part.rows, fetcher)) for part in selection.parts])
+    keep = keep.astype(np.float32)
+    with suppress(OSError), write_atomic(path) as file:
+        np.save(file, keep, allow_pickle=False)
+    return keep
+
+
+def _captions(place: Place, rows: RowNumbers, fetcher: FetcherHere) -> Iterator[str]:
+    """The first caption of each row, in order."""
+    shards = open_shards(place, {name: Column[Any](place.index, rows, name) for name in READ_COLUMNS}, fetcher)
+    try:
+        for first in range(0, len(rows), _CAPTIONS_AT_ONCE):
+            some = range(first, min(first + _CAPTIONS_AT_ONCE, len(rows)))
+            shards.prepare(some)
+            for row in some:
+                yield shards.read(row, "text").decode(errors="replace")
+            shards.release(some)
+    finally:
+        shards.close()

@@ -65,7 +65,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.plan = Plan(plan_sources, batch_size=batch_size, seed=seed)
         self.seed, self.geometry, self.tokenise = seed, geometry, tokenise
         self.rank, self.world_size, self.max_bad = rank, world_size, max_bad
-        self.max_labels = max((len(labels) for rows in self.rows for labels in rows.labels), default=0)
+        self.max_labels = max((rows.most_labels for rows in self.rows), default=0)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._shards: list[Shards] = [open_shards(rows.place, rows.columns, self._fetcher) for rows in self.rows]

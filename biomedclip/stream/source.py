@@ -22,9 +22,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from biomedclip.errors import DataError
 from biomedclip.files import sha256_file, write_bytes
-from biomedclip.shards import MANIFEST, TOMBSTONES, DatasetFolder, read_member
+from biomedclip.shards import (
+    ANNOTATIONS,
+    ARTICLE_COLUMNS,
+    MANIFEST,
+    TOMBSTONES,
+    DatasetFolder,
+    arrow_schema,
+    read_member,
+    read_tables,
+)
 from biomedclip.stream.addresses import is_remote, shown
 from biomedclip.stream.cache import entry_name
+from biomedclip.stream.columns import ShardIndex
 from biomedclip.stream.fetch import FetchConfig, Fetcher, Pending, Span
 from biomedclip.stream.index import ShardFact, expand_tars, index_tars
 
@@ -35,20 +45,22 @@ MAX_OPEN = 64
 """Shards kept open by a reading process."""
 
 
+_ARTICLES = "articles.parquet"
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A source that was found: the index of its samples, and where its shards are."""
 
     where: str
     """As messages name it."""
-    table: pa.Table
+    index: ShardIndex
     """Columns of schema.INDEX_COLUMNS, at least those that the loader reads."""
     shards: Mapping[str, ShardFact]
     """What each shard must be; empty for a local dataset folder, whose samples carry checksums."""
     base: str = ""
     """What stands before a shard's name in its path or URL, `/` included."""
     dataset: DatasetFolder | None = None
-    splits: Mapping[str, int] | None = None
     ledger: pa.Table | None = None
     """Samples of foreign tars that cannot be used, LEDGER_COLUMNS."""
 
@@ -59,7 +71,31 @@ class Place:
         if not dropped:
             return None
         counts = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
-        return f"{self.where}: {dropped.total()} samples or tars cannot be used, {len(self.table)} can ({counts})"
+        return f"{self.where}: {dropped.total()} samples or tars cannot be used, {len(self.index)} can ({counts})"
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> samples."""
+        if self.dataset is not None:
+            return self.dataset.splits
+        return {"train": len(self.index)} if len(self.index) else {}
+
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """Keys of samples taken back."""
+        return self.dataset.withdrawn if self.dataset is not None else frozenset()
+
+    @property
+    def annotations_sha256(self) -> str | None:
+        """Identity of what experts say of the samples; None where they say nothing."""
+        path = self.dataset.folder / ANNOTATIONS if self.dataset is not None else None
+        return sha256_file(path) if path is not None and path.exists() else None
+
+    def articles(self) -> pa.Table:
+        """ARTICLE_COLUMNS, one row an article; no rows for foreign tars."""
+        if self.dataset is None:
+            return arrow_schema(ARTICLE_COLUMNS).empty_table()
+        return read_tables([self.dataset.folder / _ARTICLES], ARTICLE_COLUMNS)
 
 
 class Shards(Protocol):
@@ -86,33 +122,35 @@ def locate(
     *,
     article_key: str | None = None,
     article_pattern: str | None = None,
+    articles: bool = False,
 ) -> Place:
-    """The source at a folder, a URL, or the tars that `path` or `tars` name. Raises DataError where there is none."""
+    """The source at a folder, a URL, or the tars that `path` or `tars` name. Raises DataError where there is none.
+
+    `articles` asks for the facts of articles too, which are not copied from afar otherwise.
+    """
     if tars or str(path).endswith(".tar"):
         found = index_tars(expand_tars(list(tars) or str(path)), name, fetcher, article_key=article_key,
                            article_pattern=article_pattern)  # fmt: skip
-        rows = len(found.table)
-        return Place(name, _fill(found.table), found.shards, splits={"train": rows} if rows else {},
-                     ledger=found.ledger)  # fmt: skip
+        return Place(name, ShardIndex.of_table(_fill(found.table)), found.shards, ledger=found.ledger)
     if not is_remote(path):
         dataset = DatasetFolder(path)
-        return Place(str(path), dataset.index, {}, f"{dataset.folder}/", dataset, dataset.splits)
+        return Place(str(path), ShardIndex.of_folder(dataset), {}, f"{dataset.folder}/", dataset)
     url = str(path).rstrip("/")
-    dataset = DatasetFolder(mirror_dataset(url, fetcher))
+    dataset = DatasetFolder(mirror_dataset(url, fetcher, articles=articles))
     shards = {s["name"]: ShardFact(s["bytes"], version=s["sha256"]) for s in dataset.manifest["shards"]}
-    return Place(shown(url), dataset.index, shards, f"{url}/", dataset, dataset.splits)
+    return Place(shown(url), ShardIndex.of_folder(dataset), shards, f"{url}/", dataset)
 
 
-def mirror_dataset(url: str, fetcher: Fetcher) -> Path:
+def mirror_dataset(url: str, fetcher: Fetcher, *, articles: bool = False) -> Path:
     """A folder in the cache with the manifest, indexes and tombstones of a remote dataset folder, hashes checked."""
     stored = fetcher.read_file(f"{url}/{MANIFEST}") or b""
     try:
         manifest = json.loads(stored)
         files = {s["name"].replace(".tar", ".parquet"): None for s in manifest["shards"]}
-        files = {name: manifest["files"][name] for name in files}
+        files = {name: manifest["files"][name] for name in [*files, *([_ARTICLES] if articles else [])]}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise DataError(f"{shown(url)}/{MANIFEST}", "is no manifest of a dataset", todo="check the address") from None
-    if not all(re.fullmatch(r"\d{5,}\.parquet", name) for name in files):
+    if not all(re.fullmatch(r"\d{5,}\.parquet", name) for name in files if name != _ARTICLES):
         raise DataError(f"{shown(url)}/{MANIFEST}", "names shards that are none", todo="check the address")
     folder = fetcher.config.folder / "datasets" / entry_name(url, hashlib.sha256(stored).hexdigest())
 

@@ -1,4 +1,4 @@
-"""A DuckDB predicate and a stream of rows in, one yes or no a row out: the `where` of a selection.
+"""A DuckDB predicate and a stream of rows in, one yes or no a row out: the `where` of a selection or a source.
 
 The predicate is what its author thinks of as a condition over columns, and is kept to that: it is parsed first, and
 refused where it is more than one expression, reads a table or calls a function whose answer changes from run to run.
@@ -8,8 +8,9 @@ All rows are one table to it, in order, so `row_number() over (partition by arti
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,17 +55,28 @@ def check_predicate(predicate: str, where: str = "where") -> set[str]:
     return columns
 
 
+def check_columns(wanted: Iterable[str], known: Sequence[str], where: str = "where") -> None:
+    """Raise ConfigError where a predicate speaks of a column that is not known; DuckDB ignores the case of names."""
+    folded = {name.lower() for name in known}
+    for name in sorted(wanted):
+        if name.lower() not in folded:
+            near = difflib.get_close_matches(name.lower(), sorted(folded), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"columns: {', '.join(sorted(known))}"
+            raise ConfigError(where, f"there is no column {name}", todo=hint)
+
+
 def rows_where(
     predicate: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], where: str = "where"
 ) -> np.ndarray:
     """(N,) bool: the rows of all batches for which a predicate is true; where it is null, it is not.
 
-    Raises ConfigError with DuckDB's own message where the predicate does not fit the columns or fails on a row.
+    Raises ConfigError for an unknown column, with the nearest one, and with DuckDB's own message where the predicate
+    does not fit the columns or fails on a row.
     """
     import duckdb
     import pyarrow as pa
 
-    check_predicate(predicate, where)
+    check_columns(check_predicate(predicate, where), schema.names, where)
     numbered = schema.append(pa.field(_POSITION, pa.int64()))
     stream = pa.RecordBatchReader.from_batches(numbered, _number_rows(batches, numbered))
     try:
