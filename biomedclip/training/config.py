@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from biomedclip.config import Config
+from biomedclip.stream.captions import CaptionMix
 from biomedclip.stream.fetch import FetchConfig
 from biomedclip.stream.presets import Augmentation, resolve_setting
-from biomedclip.training.continual.config import ContinualConfig
+from biomedclip.training.continual.config import ContinualConfig, GuardConfig, ProbeConfig
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -38,6 +39,9 @@ class ModelConfig(Config):
     init: Literal["pretrained", "random"] = "pretrained"
     init_logit_scale: Positive | None = None
     """The logit scale to start from; None keeps the model's own (1 / 0.07 for a random start)."""
+    context_length: Count | None = None
+    """Tokens of a caption; None keeps the model's own. More than it has stretches CLIP's positions as Long-CLIP does
+    (77 to 248: the first 20 stay); BERT-family towers read up to their 512."""
     preprocess: PreprocessConfig = PreprocessConfig()
 
 
@@ -60,6 +64,9 @@ class SourceConfig(Config):
     balance: bool | Literal["weights"] = False
     """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
     data set's recipe asked for when it was compiled."""
+    captions: CaptionMix | None = None
+    """How often each kind of text is read: `{original: 0.5, rewrite: 0.3, mention: 0.1, panel: 0.1}`; kinds that a
+    sample lacks leave their share to the others. By default one of the captions, each as likely."""
     augmentation: Annotated[str | Augmentation, AfterValidator(resolve_setting)] = "auto"
     """auto (by each sample's modality), a preset (`biomedclip data augmentations` shows them), a .yaml file, or the
     settings themselves: `{like: radiology, turn_deg: 4}`. A run records what a file said."""
@@ -190,11 +197,15 @@ class CheckpointConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Loss and retrieval on the `val` split of the sources that have one."""
+    """Loss and retrieval on the `val` split of the sources that have one, and probes: tasks of the evaluator."""
 
     every_steps: Annotated[int, Field(ge=0)] = 0
-    """0: never."""
+    """0: never; probes are asked at step 0 and at the last step all the same."""
     max_samples: Count = 512
+    probes: tuple[ProbeConfig, ...] = ()
+    """What the model is asked while it trains; the answers are in validation.jsonl."""
+    wise_alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Points between the starting weights (0) and the present ones (1) that the probes are asked at too (WiSE-FT)."""
 
 
 class TrainConfig(Config):
@@ -232,6 +243,8 @@ class TrainConfig(Config):
     """Where the rows of metrics.csv also go."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    guard: GuardConfig | None = None
+    """What happens to a step whose loss is a spike; None: nothing."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainConfig:

@@ -109,7 +109,7 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     remove_unfinished(run.folder)
     saved = list_checkpoints(run.folder)
     torch.manual_seed(config.seed)
-    model, model_cfg, data = _build(config)
+    model, model_cfg, tokenizer, data = _build(config)
     for notice in data.train_loader.notices:
         run.log(notice)
     data.train_loader.on_notice = run.log
@@ -122,7 +122,12 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     if not saved:
         export(run.folder / "start")
         run.log(f"starts from {config.model.name} ({config.model.init})")
-    module = ContrastiveModule(model, config)
+    continual = None
+    if config.continual:
+        from biomedclip.training.continual.terms import build_continual
+
+        continual = build_continual(config, folder=run.folder, model=model, tokenizer=tokenizer, data=data)
+    module = ContrastiveModule(model, config, continual)
     first = int(saved[-1].name.removeprefix("step-")) if saved else 0
     with progress("training", config.max_steps) as advance:
         if first:
@@ -140,9 +145,11 @@ def _train_loop(
     from lightning.pytorch import Trainer
 
     from biomedclip.training.callbacks import TRAINER_FILE, LogSteps, SaveCheckpoints, StopAtNaN
+    from biomedclip.training.continual.callbacks import continual_callbacks
 
     first = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     log = LogSteps(run, config, advance, after_step=first)
+    watching = continual_callbacks(config, run, data.tokenise, export, after_step=first)
     validate = config.validation.every_steps if data.val_dataloader() else 0
     settings: dict[str, Any] = dict(
         accelerator=config.device,
@@ -160,7 +167,7 @@ def _train_loop(
         check_val_every_n_epoch=None if validate else 1,
         # The plan deals the slots of a batch to the processes; a sampler of Lightning's would deal them twice.
         use_distributed_sampler=False,
-        callbacks=[StopAtNaN(run), log, SaveCheckpoints(run, config.checkpoints, export)],
+        callbacks=[StopAtNaN(run), log, *watching, SaveCheckpoints(run, config.checkpoints, export)],
     )
     path = checkpoint / TRAINER_FILE if checkpoint else None
     with _quiet_lightning():
@@ -173,8 +180,8 @@ def _train_loop(
     return log
 
 
-def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any]:
-    """The model in training mode, its open_clip config, and the data module for its size and tokenizer."""
+def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
+    """The model in training mode, its open_clip config, its tokenizer, and the data module for them."""
     import math
 
     import torch
@@ -183,11 +190,15 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any]:
     from biomedclip.stream.decode import Geometry
     from biomedclip.stream.text import fast_tokenise
     from biomedclip.training.data import StreamData
+    from biomedclip.training.long_text import set_context_length
 
     random_init = config.model.init == "random"
     changes = config.model.preprocess.model_dump(exclude_none=True)
     model, _, tokenizer = load(config.model.name, random_init=random_init, preprocess=changes)
     model_cfg = find_origin(config.model.name, random_init=random_init).model_cfg
+    if config.model.context_length:
+        model_cfg = set_context_length(model, model_cfg, config.model.context_length)
+        tokenizer.context_length = config.model.context_length  # type: ignore[attr-defined]
     if config.model.init_logit_scale:
         with torch.no_grad():
             scale: Any = model.logit_scale
@@ -198,7 +209,7 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any]:
     if len(sizes) != 1:
         raise ConfigError(config.model.name, "does not take square images", found=facts["size"])
     geometry = Geometry(size_px=sizes.pop(), resize_mode=facts["resize_mode"], interpolation=facts["interpolation"])
-    return model.train(), model_cfg, StreamData(config, geometry, fast_tokenise(tokenizer))
+    return model.train(), model_cfg, tokenizer, StreamData(config, geometry, fast_tokenise(tokenizer))
 
 
 def _check_same_run(out: Path, config: TrainConfig) -> None:

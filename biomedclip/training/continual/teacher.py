@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from biomedclip.errors import CheckpointError
+from biomedclip.training.towers import encode_text
 
 
 class FrozenTeacher:
@@ -59,7 +60,7 @@ class FrozenTeacher:
         model: Any = self._model_on(texts.device)
         distinct, place = torch.unique(texts, dim=0, return_inverse=True)
         with torch.no_grad(), self._cast(texts.device):
-            return _unit(model.encode_text(distinct, normalize=True))[place]
+            return _unit(encode_text(model, distinct))[place]
 
     def logit_scale(self, device: torch.device) -> float:
         """Exponentiated."""
