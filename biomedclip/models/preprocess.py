@@ -176,9 +176,8 @@ def _resize(image: Any, step: Step) -> Any:
     height, width = _target_size(step, image.height, image.width)
     if (width, height) == image.size:
         return image
-    method = Pictures.Resampling.BICUBIC if step.interpolation == "bicubic" else Pictures.Resampling.BILINEAR
     if step.antialias:
-        return image.resize((width, height), method)
+        return image.resize((width, height), Pictures.Resampling[step.interpolation.upper()])
     raise CheckpointError("preprocess", "resizes a PIL image without antialiasing, which PIL cannot",
                           todo="put the step after `tensor`")  # fmt: skip
 

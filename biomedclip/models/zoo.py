@@ -46,7 +46,7 @@ exceptions (missing: buffers only), each of which the report counts.
     {minmax: true}                          stretch the image's own range to 0..255, uint8 (BioViL)
     {pad: square, fill: 0}                  centred, to the longer side; with `size` at least to that
     {pad: bottom-right, size: 512, fill: 0}
-    {resize: shortest | longest | squash, size: 224, interpolation: bicubic | bilinear, antialias: true}
+    {resize: shortest | longest | squash, size: 224, interpolation: bicubic, antialias: true}
                                             `rounding: floor` cuts the longer side down (`longest` rounds otherwise)
     {crop: center, size: 224, rounding: half-even | floor}   half-even is torchvision's, floor is transformers';
                                             a smaller image is padded with `fill`
@@ -227,7 +227,7 @@ class Step(Config):
     size: int | tuple[int, int] | None = None
     """Pixels; a pair is height, width."""
     fill: int = 0
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     antialias: bool = True
     rounding: Literal["half-even", "floor"] = "half-even"
 
