@@ -11,7 +11,7 @@ from biomedclip.errors import ConfigError, DataError
 from biomedclip.shards import DatasetFolder
 from biomedclip.stream.decode import Geometry, decode_exact
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
-from biomedclip.stream.text import choose_caption
+from biomedclip.stream.captions import choose_caption
 from biomedclip.tokens import encode_captions
 
 

@@ -11,6 +11,7 @@ bytes, and casting on the host is the slower half of preprocessing.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,15 +23,16 @@ from torch.utils.data import Dataset, get_worker_info
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.images import BadImage
 from biomedclip.stream.augment import augment
+from biomedclip.stream.captions import choose_caption, find_texts, sample_caption
 from biomedclip.stream.decode import Geometry, decode_exact, read_reduced
 from biomedclip.stream.faults import BrokenImage, NoCaption, WrongBytes
 from biomedclip.stream.fetch import FetchConfig, Unreachable
 from biomedclip.stream.ledger import Unreadable
 from biomedclip.stream.plan import Pick, Plan
 from biomedclip.stream.presets import augmentation_for
-from biomedclip.stream.rows import StreamSource, read_rows
+from biomedclip.stream.rows import Rows, StreamSource, read_rows
 from biomedclip.stream.source import FetcherHere, RemoteShards, Shards, open_shards
-from biomedclip.stream.text import Tokenise, choose_caption
+from biomedclip.stream.text import Tokenise
 
 MAX_ATTEMPTS = 8
 """Substitutes tried for one unreadable sample before the run stops."""
@@ -68,7 +70,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.max_labels = max((rows.most_labels for rows in self.rows), default=0)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[int, int], np.ndarray] = {}
-        self._shards: list[Shards] = [open_shards(rows.place, rows.columns, self._fetcher) for rows in self.rows]
+        self._shards: list[Shards] = [self._open(rows) for rows in self.rows]
         self._is_remote = any(isinstance(shards, RemoteShards) for shards in self._shards)
         self._prepared: set[int] = set()
         self.views: Mapping[str, int] = {}
@@ -78,6 +80,10 @@ class Samples(Dataset[dict[str, Any]]):
         """(source, row) -> reason and detail of samples that are not tried, because the run could not read them."""
         self.max_steps: int | None = None
         """Batches from here on are not asked for, so not read ahead either."""
+
+    def _open(self, rows: Rows) -> Shards:
+        mix = rows.source.captions
+        return open_shards(rows.place, rows.columns, self._fetcher, sidecars=mix is not None and mix.needs_sidecar)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         picks = self._picks(step)
@@ -112,7 +118,7 @@ class Samples(Dataset[dict[str, Any]]):
         key, where = rows.columns["key"][pick.row], f"{rows.place.where}: {rows.columns['key'][pick.row]}"
         views = self.views.get(rows.source.name)
         epoch = pick.epoch % views if views else pick.epoch
-        caption = choose_caption(self._captions(pick), self.seed, key, epoch)
+        caption = self._training_caption(pick, epoch)
         change = augmentation_for(rows.source.augmentation, rows.columns["modality"][pick.row])
         image = self._cache.get((pick.source, pick.row))
         if image is None:
@@ -162,12 +168,24 @@ class Samples(Dataset[dict[str, Any]]):
     def _key(self, pick: Pick) -> str:
         return str(self.rows[pick.source].columns["key"][pick.row])
 
+    def _training_caption(self, pick: Pick, epoch: int) -> str:
+        mix, key = self.rows[pick.source].source.captions, self._key(pick)
+        if mix is None:
+            return choose_caption(self._captions(pick), self.seed, key, epoch)
+        columns = self.rows[pick.source].columns
+        has_sidecar = mix.needs_sidecar and columns["json_offset"][pick.row] is not None
+        try:
+            sidecar = json.loads(self._bytes(pick, "json")) if has_sidecar else {}
+            texts = find_texts(self._bytes(pick, "text").decode(), sidecar if isinstance(sidecar, dict) else {})
+        except ValueError as error:
+            where = f"{self.rows[pick.source].place.where}: {key}"
+            raise NoCaption(where, "has no readable caption", found=str(error)[:80]) from None
+        return sample_caption(texts, mix, self.seed, key, epoch)
+
     def _captions(self, pick: Pick) -> list[str]:
         columns = self.rows[pick.source].columns
         try:
             if columns["num_captions"][pick.row] > 1:
-                import json
-
                 return list(json.loads(self._bytes(pick, "json"))["captions"])
             return [self._bytes(pick, "text").decode()]
         except (ValueError, LookupError, TypeError) as error:

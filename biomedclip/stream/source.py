@@ -14,7 +14,7 @@ import os
 import re
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +25,18 @@ from biomedclip.files import sha256_file, write_bytes
 from biomedclip.shards import (
     ANNOTATIONS,
     ARTICLE_COLUMNS,
+    BLOCK,
     MANIFEST,
     TOMBSTONES,
     DatasetFolder,
     arrow_schema,
-    read_member,
     read_tables,
 )
 from biomedclip.stream.addresses import is_remote, shown
 from biomedclip.stream.cache import entry_name
 from biomedclip.stream.columns import ShardIndex
-from biomedclip.stream.fetch import FetchConfig, Fetcher, Pending, Span
+from biomedclip.stream.faults import CutOff, Missing, Replaced, WrongBytes
+from biomedclip.stream.fetch import MAX_BLOCK, FetchConfig, Fetcher, Pending, Span
 from biomedclip.stream.index import ShardFact, expand_tars, index_tars
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 MAX_OPEN = 64
 """Shards kept open by a reading process."""
-
 
 _ARTICLES = "articles.parquet"
 
@@ -173,20 +173,26 @@ def mirror_dataset(url: str, fetcher: Fetcher, *, articles: bool = False) -> Pat
     return folder
 
 
-def open_shards(place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere) -> Shards:
-    """The bytes of the samples whose columns these are."""
+def open_shards(
+    place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, *, sidecars: bool = False
+) -> Shards:
+    """The bytes of the samples whose columns these are. With `sidecars` all their .json are read, too, not only those
+    that hold several captions."""
     if is_remote(place.base) or any(map(is_remote, place.shards)):
-        return RemoteShards(place, columns, fetcher)
+        return RemoteShards(place, columns, fetcher, sidecars=sidecars)
     return LocalShards(place, columns)
 
 
 class LocalShards:
-    """Positional reads from tars on this machine."""
+    """Positional reads from tars on this machine, one for picture and caption: they lie next to each other."""
 
     def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]]) -> None:
         self._base, self._columns, self._facts = place.base, columns, place.shards
+        self._is_ours = place.dataset is not None
         self._files = OpenShards()
         self._paths: dict[str, Path] = {}
+        self._held: tuple[int, int, int, bytes] = (-1, 0, 0, b"")
+        """The row read last, where its bytes begin and were to end, and the bytes."""
 
     def prepare(self, rows: Sequence[int]) -> None:
         """Nothing: the system reads ahead."""
@@ -195,27 +201,54 @@ class LocalShards:
         """Nothing."""
 
     def read(self, row: int, member: str) -> bytes:
-        """The bytes of a member of the row's sample. Raises DataError where the tar ends before, or is another one."""
-        columns = self._columns
-        shard = columns["shard"][row]
+        """The bytes of a member of the row's sample. Raises Fault where the tar ends before, or is another one."""
+        if self._held[0] != row:
+            self._held = self._load(row)
+        _, first, last, data = self._held
+        offset, size = _SPANS[member]
+        start = int(self._columns[offset][row])
+        stop = start + int(self._columns[size][row])
+        if start < first or stop > last:
+            data, first = self._pread(row, start, stop), start
+        if stop > first + len(data):
+            raise CutOff(self._where(row), "is cut off", found=f"{first + len(data) - start} of {stop - start} bytes",
+                         todo=_REPAIR)  # fmt: skip
+        return data[start - first : stop - first]
+
+    def _load(self, row: int) -> tuple[int, int, int, bytes]:
+        first, last = _span_of(self._columns, row, ("image", "text"))
+        if last - first > MAX_BLOCK:  # members far apart
+            return row, 0, 0, b""
+        data = self._pread(row, first, last)
+        if self._is_ours:
+            check_name(data, first, self._columns, row, self._where)
+        return row, first, last, data
+
+    def _pread(self, row: int, start: int, stop: int) -> bytes:
+        shard = self._columns["shard"][row]
         path = self._paths.get(shard) or self._paths.setdefault(shard, Path(self._base + shard))
-        file = self._files.open(path, self._facts.get(shard))
-        return read_member(file, columns[f"{member}_offset"][row], columns[f"{member}_size"][row], path,
-                           columns["key"][row])  # fmt: skip
+        return os.pread(self._files.open(path, self._facts.get(shard)), stop - start, start)
+
+    def _where(self, row: int) -> str:
+        return f"{self._base}{self._columns['shard'][row]}: {self._columns['key'][row]}"
 
     def close(self) -> None:
         """Close the tars."""
         self._files.close()
+        self._held = (-1, 0, 0, b"")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OpenShards()}
+        return {**self.__dict__, "_files": OpenShards(), "_held": (-1, 0, 0, b"")}
 
 
 class RemoteShards:
     """Ranges of tars at URLs: one range a sample, from its first needed member to its last."""
 
-    def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere) -> None:
+    def __init__(
+        self, place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, *, sidecars: bool = False
+    ) -> None:
         self._base, self._columns, self._facts, self._fetcher = place.base, columns, place.shards, fetcher
+        self._is_ours, self._sidecars = place.dataset is not None, sidecars
         self._pending: dict[int, Pending] = {}
         self._held: dict[int, bytes] = {}
         self._owner = os.getpid()
@@ -236,8 +269,11 @@ class RemoteShards:
             data = pending.result() if pending else self._fetcher.open().read(span)
             if pending:
                 self._held[row] = data
-        start = self._columns[f"{member}_offset"][row] - span.start
-        return data[start : start + self._columns[f"{member}_size"][row]]
+        if self._is_ours and member == "text":
+            check_name(data, span.start, self._columns, row, self._where)
+        offset, size = _SPANS[member]
+        start = int(self._columns[offset][row]) - span.start
+        return data[start : start + int(self._columns[size][row])]
 
     def release(self, rows: Sequence[int]) -> None:
         """Forget these rows; what else needs them reads them again."""
@@ -252,12 +288,14 @@ class RemoteShards:
 
     def _span(self, row: int) -> Span:
         columns = self._columns
-        members = ("image", "text", "json") if columns["num_captions"][row] > 1 else ("image", "text")
-        start = min(columns[f"{m}_offset"][row] for m in members)
-        stop = max(columns[f"{m}_offset"][row] + columns[f"{m}_size"][row] for m in members)
+        many = columns["num_captions"][row] > 1 or (self._sidecars and columns["json_offset"][row] is not None)
+        start, stop = _span_of(columns, row, ("image", "text", "json") if many else ("image", "text"))
         shard = columns["shard"][row]
         fact = self._facts[shard]
         return Span(self._base + shard, start, stop, fact.version, fact.etag, fact.size)
+
+    def _where(self, row: int) -> str:
+        return f"{shown(self._base + self._columns['shard'][row])}: {self._columns['key'][row]}"
 
     def _disown(self) -> None:
         """Drop what a parent process had begun: its threads are not in this one."""
@@ -302,37 +340,62 @@ class OpenShards:
     """The shards a process has open, the least recently used closed beyond `MAX_OPEN`."""
 
     def __init__(self) -> None:
-        # Open files belong to a process: a forked worker must not share its parent's, hence the process id.
-        self._files: OrderedDict[tuple[int, Path], BinaryIO] = OrderedDict()
+        # Open files belong to a process: a forked worker must not share its parent's.
+        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._owner = os.getpid()
         weakref.finalize(self, _close_all, self._files)
 
-    def open(self, path: Path, fact: ShardFact | None = None) -> BinaryIO:
-        """The shard, opened for reading. Raises DataError where it cannot be, or is not what `fact` says."""
-        key = (os.getpid(), path)
-        if key not in self._files:
+    def open(self, path: Path, fact: ShardFact | None = None) -> int:
+        """Descriptor of the shard, opened for reading. Raises Missing, or Replaced where it is not what `fact` says."""
+        if self._owner != os.getpid():
+            self.close()
+            self._owner = os.getpid()
+        file = self._files.get(path)
+        if file is None:
             try:
-                file = path.open("rb")
+                file = self._files[path] = path.open("rb")
             except OSError as error:
-                raise DataError(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
-            now = os.fstat(file.fileno())
-            if fact and (now.st_size, now.st_mtime_ns) != (fact.size, fact.mtime_ns):
-                file.close()
-                raise DataError(path, "was replaced since its index was read", found=f"{now.st_size} bytes, not "
-                                f"{fact.size}, or another date", todo="start a new run with its new index")  # fmt: skip
-            self._files[key] = file
+                raise Missing(path, "cannot be opened", found=error.strerror, todo="rebuild the dataset") from None
             while len(self._files) > MAX_OPEN:
                 self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(key)
-        return self._files[key]
+        else:
+            self._files.move_to_end(path)
+        descriptor = file.fileno()
+        if fact:  # asked each time: a tar without checksums may be overwritten while it is open
+            now = os.fstat(descriptor)
+            if (now.st_size, now.st_mtime_ns) != (fact.size, fact.mtime_ns):
+                raise Replaced(path, "was replaced since its index was read", found=f"{now.st_size} bytes, not "
+                               f"{fact.size}, or another date", todo="start a new run with its new index")  # fmt: skip
+        return descriptor
 
     def close(self) -> None:
         """Close all of them."""
         _close_all(self._files)
 
 
-def _close_all(files: OrderedDict[tuple[int, Path], BinaryIO]) -> None:
+def _close_all(files: OrderedDict[Path, BinaryIO]) -> None:
     while files:
         files.popitem()[1].close()
+
+
+_SPANS = {member: (f"{member}_offset", f"{member}_size") for member in ("image", "text", "json")}
+_REPAIR = "the tar was changed after it was written; rebuild the dataset or fetch it again"
+
+
+def _span_of(columns: Mapping[str, Sequence[Any]], row: int, members: Sequence[str]) -> tuple[int, int]:
+    """First and last byte (exclusive) of some members of a row's sample within its shard."""
+    starts = [int(columns[_SPANS[m][0]][row]) for m in members]
+    return min(starts), max(start + int(columns[_SPANS[m][1]][row]) for start, m in zip(starts, members, strict=True))
+
+
+def check_name(
+    data: bytes, first: int, columns: Mapping[str, Sequence[Any]], row: int, where: Callable[[int], str]
+) -> None:
+    """Raise WrongBytes where the header before a caption of ours names another sample: captions have no checksum."""
+    header = int(columns["text_offset"][row]) - BLOCK - first
+    name = f"{columns['key'][row]}.".encode()
+    if header >= 0 and len(data) >= header + len(name) and not data.startswith(name, header):
+        raise WrongBytes(where(row), "is not where its index says", todo=_REPAIR)
 
 
 def _fill(table: pa.Table) -> pa.Table:

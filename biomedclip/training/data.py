@@ -34,6 +34,12 @@ class StreamData(LightningDataModule):
         )  # fmt: skip
         self.train_loader = StreamLoader(samples, max_steps=config.max_steps, workers=config.data.workers)
 
+    def setup(self, stage: str) -> None:
+        """Take this process's slots of every batch."""
+        if self.trainer is not None:
+            samples = self.train_loader.samples
+            samples.rank, samples.world_size = self.trainer.global_rank, self.trainer.world_size
+
     def train_dataloader(self) -> StreamLoader:
         """The training batches, from the step the loader's state says."""
         return self.train_loader
@@ -86,4 +92,4 @@ class ValidationBatches:
 
 def stream_sources(config: DataConfig) -> list[StreamSource]:
     """The sources of a config as the stream takes them."""
-    return [StreamSource(**{**source.model_dump(), "augmentation": source.augmentation}) for source in config.sources]
+    return [StreamSource(**dict(source)) for source in config.sources]
