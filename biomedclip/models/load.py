@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from biomedclip.errors import CheckpointError, MissingExtra
 from biomedclip.models.build import Loaded, LoadReport, Parts, WeightsFile, assemble, model_config, quiet
-from biomedclip.models.catalog import architecture_folder, list_architectures
+from biomedclip.models.catalog import architecture_folder, list_architectures, list_names
 from biomedclip.models.folders import CONFIG_FILE, FACTS_FILE, HubPlace, folder_place, read_place
 from biomedclip.models.hub import fetch, file_hash
 from biomedclip.models.preprocess import ImageTransform, open_clip_config, transform_from_open_clip
 from biomedclip.models.tokenise import make_tokenizer
-from biomedclip.models.zoo import File, ReleasedModel, find_model, list_names, read_zoo
+from biomedclip.models.zoo import File, ReleasedModel, find_model, read_zoo
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,8 @@ def find_parts(
     """What a name stands for, with its files on this disk; an Origin where open_clip itself must load it."""
     text = str(name)
     path = Path(text.removeprefix("local-dir:"))
-    model = None if isinstance(name, Path) or text.startswith("local-dir:") else find_model(text)
-    # A folder that happens to be called like a model is named by a path: ./biomedclip.
-    if model is not None and not ("/" in text and path.is_dir()):
+    model = _find_released(name)
+    if model is not None:
         return released_parts(
             model, revision=revision, checkpoint=checkpoint, local_files_only=local_files_only,
             random_init=random_init, preprocess=preprocess,
@@ -141,8 +140,8 @@ def released_parts(
 def find_origin(name: str | Path, *, random_init: bool = False) -> Origin:
     """The open_clip config of what `name` stands for. Raises CheckpointError for a name that is none, with the
     nearest one, and for a model whose towers open_clip cannot express."""
-    model = None if isinstance(name, Path) else find_model(str(name))
-    if model is not None and not ("/" in str(name) and Path(name).is_dir()):
+    model = _find_released(name)
+    if model is not None:
         return Origin(name=model.name, pretrained=None, model_cfg=model_config(model.architecture))
     parts = find_parts(name, random_init=random_init)
     if isinstance(parts, Origin):
@@ -175,6 +174,14 @@ def register_architectures() -> None:
     open_clip = _import_open_clip()
     if not set(list_architectures()) <= set(open_clip.list_models()):
         open_clip.add_model_config(architecture_folder())
+
+
+def _find_released(name: str | Path) -> ReleasedModel | None:
+    """The model of the zoo that a name stands for. A folder that is called like one is named by a path: ./plip."""
+    text = str(name)
+    if isinstance(name, Path) or text.startswith("local-dir:") or ("/" in text and Path(text).exists()):
+        return None
+    return find_model(text)
 
 
 def _weights_file(

@@ -66,14 +66,13 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
 from biomedclip.config import Config, check_config, read_yaml
-from biomedclip.errors import CheckpointError
+from biomedclip.errors import ConfigError
+from biomedclip.models.catalog import list_names, plain_facts, zoo_folder
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -354,23 +353,13 @@ class ReleasedModel(Config):
         return tuple(file for file in self.files if file.role == role)
 
 
-def zoo_folder() -> Path:
-    """Folder of the facts, one YAML file a model."""
-    return Path(str(resources.files("biomedclip.models"))) / "zoo"
-
-
-def list_names() -> list[str]:
-    """Names of all released models, sorted."""
-    return sorted(path.stem for path in zoo_folder().glob("*.yaml"))
-
-
 @cache
 def read_model(name: str) -> ReleasedModel:
     """The facts of one model by its name. Raises ConfigError where the file breaks the schema."""
     path = zoo_folder() / f"{name}.yaml"
     model = check_config(read_yaml(path), ReleasedModel, path)
     if model.name != name:
-        raise CheckpointError(path, "is named for another model", found=model.name, todo="name file and model alike")
+        raise ConfigError(path, "is named for another model", found=model.name, todo="name file and model alike")
     return model
 
 
@@ -384,13 +373,18 @@ def find_model(name: str) -> ReleasedModel | None:
     wanted = name.removeprefix("hf-hub:").lower()
     if wanted in list_names():
         return read_model(wanted)
-    for model in read_zoo():
-        if wanted in {alias.lower() for alias in (*model.aliases, model.source.repo or "")}:
-            return model
+    for candidate in list_names():
+        facts = plain_facts(candidate)
+        if wanted in {str(alias).lower() for alias in (*facts.get("aliases", ()), facts["source"].get("repo"))}:
+            return read_model(candidate)
     return None
 
 
-def nearest_name(name: str) -> str | None:
-    """The name most like this one; None where nothing is."""
-    near = difflib.get_close_matches(name.lower(), list_names(), n=1, cutoff=0.6)
-    return near[0] if near else None
+def require_model(name: str) -> ReleasedModel:
+    """The model of this name, alias or Hub repository. Raises ConfigError with the nearest name for a stranger."""
+    model = find_model(name)
+    if model is None:
+        near = difflib.get_close_matches(name.lower(), list_names(), n=1, cutoff=0.5)
+        todo = f"did you mean '{near[0]}'?" if near else "run: biomedclip models"
+        raise ConfigError(name, "is no model of the zoo", todo=todo)
+    return model
