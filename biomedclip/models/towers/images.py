@@ -35,7 +35,7 @@ class TimmTower(Tower):
 
     def __init__(self, vision: Vision, embed_dim: int) -> None:
         super().__init__()
-        sized = {} if vision.trunk.startswith("resnet") else {"img_size": vision.image_size}
+        sized: dict[str, Any] = {} if vision.trunk.startswith("resnet") else {"img_size": vision.image_size}
         trunk: Any = timm.create_model(vision.trunk, pretrained=False, num_classes=0, **sized, **vision.options)
         self.trunk = trunk
         self.first = vision.pool == "first"

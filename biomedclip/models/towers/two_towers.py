@@ -52,10 +52,10 @@ class Tower(nn.Module):
         trunk: Any = self.trunk
         if hasattr(trunk, "set_grad_checkpointing"):
             trunk.set_grad_checkpointing(enable)
-        elif enable and hasattr(trunk, "gradient_checkpointing_enable"):
-            trunk.gradient_checkpointing_enable()
-        elif hasattr(trunk, "gradient_checkpointing_disable"):
-            trunk.gradient_checkpointing_disable()
+            return
+        # Newer releases of transformers call it activation checkpointing, older ones gradient checkpointing.
+        kind = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+        getattr(trunk, f"{kind}_checkpointing_{'enable' if enable else 'disable'}")()
 
 
 class Projection(Config):
