@@ -30,7 +30,7 @@ class TwoTowers(CustomTextCLIP):  # type: ignore[misc]
         self.context_length: Any = getattr(text, "context_length", None)
         self.vocab_size: Any = getattr(text, "vocab_size", None)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        self.logit_bias = None
+        self.logit_bias: nn.Parameter | None = None
         self.output_dict = False
 
 
