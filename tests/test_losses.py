@@ -193,7 +193,9 @@ def test_cloob_is_infoloob_of_retrieved_patterns():
 
     def dense(image, text, scale):
         over_images = dense_loob(dense_retrieve(image, image), dense_retrieve(text, image), scale)
-        return (over_images + dense_loob(dense_retrieve(text, text), dense_retrieve(image, text), scale)) / scale.detach()
+        return (
+            over_images + dense_loob(dense_retrieve(text, text), dense_retrieve(image, text), scale)
+        ) / scale.detach()
 
     ours = gradients(lambda i, t, s: cloob_losses(i, t, i, t, s, beta=8.0, tile=4)[0], scale=30.0)
     agree(ours, gradients(dense, scale=30.0))

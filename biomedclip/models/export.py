@@ -23,19 +23,23 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def export_open_clip(
-    model: nn.Module, folder: str | Path, *, model_cfg: Mapping[str, Any], metadata: Mapping[str, str] | None = None
-) -> Path:
+    model: nn.Module, folder: str | Path, *, model_cfg: Mapping[str, Any], metadata: Mapping[str, str] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Write the model to `folder` in open_clip's format and return the folder.
 
     `model_cfg` is open_clip's model config (the content of an architecture JSON); the preprocessing is taken from
-    `model.visual.preprocess_cfg`, where open_clip keeps it. `metadata` goes into the header of the weights file.
+    `model.visual.preprocess_cfg`, where open_clip keeps it. `metadata` goes into the header of the weights file. `state` are the weights where the
+    model's own are shared over processes.
     Raises CheckpointError where the model holds values that are not finite.
     """
     import torch
     from safetensors.torch import save
 
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in (state or model.state_dict()).items()
+    }
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(

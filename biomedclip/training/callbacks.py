@@ -1,48 +1,53 @@
-"""What happens around a training step: numbers to metrics.csv, progress, checkpoints, and a stop at the first NaN.
-
-A checkpoint is a folder `checkpoints/step-NNNNNNNN` holding `trainer.ckpt` (everything needed to continue) and the
-model in open_clip's format (everything needed to use it). It is filled under a temporary name and renamed, so a kill
-at any moment leaves complete checkpoints only.
-"""
+"""What is measured around a training step: rows of metrics.csv, progress, and a stop at the first NaN."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from biomedclip.errors import CheckpointError, ConfigError
-from biomedclip.files import TEMPORARY_PREFIX, sync_folder
+from biomedclip.errors import ConfigError
 from biomedclip.progress import Advance
 from biomedclip.runs import MetricsFile, Run
-from biomedclip.training.config import CheckpointConfig, TrainConfig
+from biomedclip.training.checkpoints import list_checkpoints
+from biomedclip.training.config import TrainConfig
 from biomedclip.training.module import ContrastiveModule
+from biomedclip.training.throughput import peak_flops
 
-COLUMNS = (
-    "step", "loss", "lr", "samples_s", "logit_scale", "grad_norm", "data_wait", "seconds",
-    "val_loss", "val_image_to_text/recall@1", "val_text_to_image/recall@1",
-)  # fmt: skip
-"""Columns of a training run's metrics.csv. `loss` is the mean since the last row, `data_wait` the share of the time
-spent waiting for batches, `seconds` the time since this process began training."""
+_FIRST = ("step", "loss", "lr", "samples_s", "logit_scale", "grad_norm", "data_wait", "mfu", "seconds")
+_LAST = ("val_loss", "val_image_to_text/recall@1", "val_text_to_image/recall@1")
 
-TRAINER_FILE = "trainer.ckpt"
+
+def columns(config: TrainConfig, terms: Sequence[str] = ()) -> tuple[str, ...]:
+    """Columns of a run's metrics.csv.
+
+    `loss` is the mean since the last row, `loss/NAME` that of a term (not weighted), `source/NAME` the objective's mean
+    over the samples of a source; `samples_s` is over all processes, `data_wait` the share of the time spent waiting for
+    batches, `mfu` the share of the device's peak (empty where that is unknown), `seconds` the time since this process
+    began training.
+    """
+    sources = config.data.sources if len(config.data.sources) > 1 else ()
+    return (*_FIRST, *(f"loss/{name}" for name in terms), *(f"source/{source.name}" for source in sources), *_LAST)
 
 
 class LogSteps(Callback):
-    """Writes a row to metrics.csv every `every_steps` steps and moves the progress bar on."""
+    """Writes a row to metrics.csv (and the loggers) every `log_every_steps` steps and moves the progress bar on."""
 
-    def __init__(self, run: Run, config: TrainConfig, advance: Advance, *, after_step: int) -> None:
-        self.file = MetricsFile(run.folder, COLUMNS, after_step=after_step)
-        self.config, self.advance = config, advance
+    def __init__(
+        self, run: Run, config: TrainConfig, advance: Advance, *, after_step: int, flops: float = 0.0,
+        terms: Sequence[str] = (), writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.columns = columns(config, terms)
+        self.file = MetricsFile(run.folder, self.columns, after_step=after_step) if writes else None
+        self.config, self.advance, self.flops = config, advance, flops
         self.last_row: dict[str, Any] = {}
-        self._losses: list[torch.Tensor] = []
+        self._parts = [f"loss/{name}" for name in terms]
+        self._sources = {source.name: number for number, source in enumerate(config.data.sources)}
+        self._sums: torch.Tensor | None = None
+        self._steps = 0
         self._began = self._row_began = self._waited = self._batch_ended = self._rate = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,21 +57,20 @@ class LogSteps(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes how long the step waited for its batch, and its learning rate."""
         self._waited += time.monotonic() - self._batch_ended
-        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collects the loss; writes a row at the logging interval and at the last step."""
+        """Collects the losses; writes a row at the logging interval and at the last step."""
         module = _contrastive(pl_module)
-        loss = module.latest["loss"]
-        self._losses.append(torch.as_tensor(loss))
+        self._collect(module.latest)
         self._batch_ended = time.monotonic()
         step = trainer.global_step
         note = ""
         if step % self.config.log_every_steps == 0 or step == self.config.max_steps:
-            row = self._row(step, module)
-            self.file.add(row)
+            row = self._row(step, trainer, module)
+            self._write(trainer, row)
             self.last_row = row
             note = f"loss {row['loss']:.3f}  {row['samples_s']:.0f} samples/s"
         self.advance(1, note)
@@ -74,21 +78,56 @@ class LogSteps(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the validation's numbers as a row of their own."""
         numbers = {k: float(v) for k, v in _contrastive(pl_module).latest.items() if k.startswith("val_")}
-        self.file.add({"step": trainer.global_step, "seconds": round(time.monotonic() - self._began, 1), **numbers})
+        if numbers:
+            seconds = round(time.monotonic() - self._began, 1)
+            self._write(trainer, {"step": trainer.global_step, "seconds": seconds, **numbers})
 
-    def _row(self, step: int, module: ContrastiveModule) -> dict[str, Any]:
+    def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.add(row)
+        numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=row["step"])
+
+    def _collect(self, latest: dict[str, Any]) -> None:
+        """Adds up, without waiting for the device: loss, terms, then sum and count of each source's samples."""
+        losses = [torch.as_tensor(latest[name]).double().reshape(()) for name in ("loss", *self._parts)]
+        samples = latest["sample_losses"].double()
+        places = torch.tensor([self._sources[name] for name in latest["sources"]], device=samples.device)
+        by_source = samples.new_zeros(2, len(self._sources))
+        if len(places) == len(samples):
+            by_source[0].index_add_(0, places, samples)
+            by_source[1].index_add_(0, places, torch.ones_like(samples))
+        sums = torch.cat([torch.stack([loss.to(samples.device) for loss in losses]), by_source.flatten()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._steps += 1
+
+    def _row(self, step: int, trainer: Trainer, module: ContrastiveModule) -> dict[str, Any]:
         spent = max(self._batch_ended - self._row_began, 1e-9)
-        row = {
+        sums = self._sums if self._sums is not None else torch.zeros(0)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        totals, parts = sums.tolist(), 1 + len(self._parts)
+        steps, sources = self._steps * trainer.world_size, len(self._sources)
+        rate = self._steps * self.config.batch_size / spent
+        peak = peak_flops(module.device, self.config.precision)
+        row: dict[str, Any] = {
             "step": step,
-            "loss": float(torch.stack(self._losses).mean()),
+            "loss": totals[0] / steps,
             "lr": self._rate,
-            "samples_s": len(self._losses) * self.config.batch_size / spent,
+            "samples_s": rate,
             "logit_scale": float(module.latest["logit_scale"]),
             "grad_norm": float(module.latest["grad_norm"]),
             "data_wait": self._waited / spent,
+            "mfu": rate * self.flops / (peak * trainer.world_size) if peak and self.flops else None,
             "seconds": round(self._batch_ended - self._began, 1),
         }
-        self._losses.clear()
+        row |= {name: total / steps for name, total in zip(self._parts, totals[1:parts], strict=True)}
+        for name, place in self._sources.items():
+            count = totals[parts + sources + place]
+            if sources > 1 and count:
+                row[f"source/{name}"] = totals[parts + place] / count
+        self._sums, self._steps = None, 0
         self._waited, self._row_began = 0.0, self._batch_ended
         return row
 
@@ -110,80 +149,6 @@ class StopAtNaN(Callback):
             found=f"lr {trainer.optimizers[0].param_groups[0]['lr']:.3g}",
             todo=f"lower optim.lr, raise schedule.warmup_steps or set optim.clip_norm{good}",
         )  # fmt: skip
-
-
-class SaveCheckpoints(Callback):
-    """Saves every N steps and minutes, at SIGTERM and at the last step; keeps the newest `keep_last`."""
-
-    def __init__(self, run: Run, settings: CheckpointConfig, export: Callable[[Path], object]) -> None:
-        self.run, self.settings, self.export = run, settings, export
-        self._saved_at = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves where it is time."""
-        steps, minutes = self.settings.every_steps, self.settings.every_minutes
-        by_steps = bool(steps) and trainer.global_step % steps == 0
-        by_time = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
-        last = trainer.global_step == trainer.max_steps
-        if by_steps or by_time or last or trainer.received_sigterm:
-            self.save(trainer)
-
-    def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of the current step. Raises CheckpointError where the disk is full or not writable."""
-        folder = self.run.folder / "checkpoints" / f"step-{trainer.global_step:08d}"
-        temporary = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}"
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(temporary / TRAINER_FILE)
-            self.export(temporary)
-            _sync_file(temporary / TRAINER_FILE)
-            sync_folder(temporary)
-            _remove_folder(folder)
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-            for old in list_checkpoints(self.run.folder)[: -self.settings.keep_last]:
-                _remove_folder(old)
-        except OSError as error:
-            raise CheckpointError(
-                folder, "cannot be written", found=error.strerror or str(error),
-                todo="free disk space, then resume; earlier checkpoints are intact",
-            ) from error  # fmt: skip
-        self._saved_at = time.monotonic()
-        self.run.log(f"saved {folder.name}")
-
-
-def list_checkpoints(run_folder: str | Path) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first."""
-    found = (Path(run_folder) / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and _is_complete(path))
-
-
-def remove_unfinished(run_folder: str | Path) -> None:
-    """Delete what an interrupted save or clean-up left behind."""
-    for path in (Path(run_folder) / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path)
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / TRAINER_FILE).is_file()
-
-
-def _remove_folder(folder: Path) -> None:
-    """Delete a folder; a kill in between leaves it under a temporary name."""
-    if folder.exists():
-        doomed = folder.parent / f"{TEMPORARY_PREFIX}old-{folder.name}"
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _contrastive(module: LightningModule) -> ContrastiveModule:

@@ -45,6 +45,13 @@ class ModelConfig(Config):
     preprocess: PreprocessConfig = PreprocessConfig()
 
 
+def _check_weight(weight: float | dict[int, float]) -> float | dict[int, float]:
+    values = list(weight.values()) if isinstance(weight, dict) else [weight]
+    if not values or min(values) < 0 or max(values) <= 0:
+        raise ValueError("should be above 0, or steps with weights of at least 0 of which one is above")
+    return weight
+
+
 class SourceConfig(Config):
     """One source of the mixture."""
 
@@ -58,9 +65,15 @@ class SourceConfig(Config):
     """Foreign tars: the key of a sample's json that names its article, so that a batch holds one figure of each."""
     article_pattern: str | None = None
     """Foreign tars: a regular expression that finds the article in a sample's key."""
-    weight: Positive = 1.0
-    """Share of every batch, relative to the other sources."""
+    weight: Annotated[float | dict[int, float], AfterValidator(_check_weight)] = 1.0
+    """Share of every batch, relative to the other sources; or step -> weight, with straight lines between the points:
+    `{0: 1, 1000: 0.5}` goes from 1 to 0.5 over 1,000 steps and stays there, `{999: 1, 1000: 0}` stops at step 1,000."""
     split: Literal["train", "val", "test"] = "train"
+    where: str | None = None
+    """An SQL condition over the index: `licence in ('CC0', 'CC BY') and modality = 'CT'`; `article.published >= '2020'`
+    asks the facts of the sample's article."""
+    caps: dict[Literal["label", "concept"], Count] = {}
+    """The most samples of each label or concept that an epoch takes, as `{label: 5000}`: other ones each epoch."""
     balance: bool | Literal["weights"] = False
     """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
     data set's recipe asked for when it was compiled."""

@@ -61,6 +61,11 @@ class ContrastiveModule(LightningModule):
         self.latest: dict[str, Any] = {}
         self._validation: list[tuple[Tensor, Tensor]] = []
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms beside the objective."""
+        return tuple(term.name for term in self._continual[0].terms)
+
     def _choose_scalars(self) -> None:
         """A parameter without a gradient would make several processes wait for it forever."""
         model: Any = self.model

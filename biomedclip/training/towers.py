@@ -110,7 +110,9 @@ def split_by_length(texts: Tensor, padding: int, count: int) -> tuple[Tensor, li
     kept, numbers = torch.unique_consecutive(lengths, return_counts=True)
     cuts = _best_cuts(kept.tolist(), numbers.tolist(), count)
     ordered = texts[order]
-    return order, [part[:, :length] for part, length in zip(ordered.split([n for n, _ in cuts]), [x for _, x in cuts], strict=True)]
+    return order, [
+        part[:, :length] for part, length in zip(ordered.split([n for n, _ in cuts]), [x for _, x in cuts], strict=True)
+    ]
 
 
 def _best_cuts(lengths: list[int], numbers: list[int], count: int) -> list[tuple[int, int]]:
@@ -179,7 +181,9 @@ def _check_stage(visual: Any, size_px: int) -> None:
             raise ConfigError("towers.stages", "this image tower takes one size only", found=type(visual).__name__)
         return
     if size_px % _patch(visual):
-        raise ConfigError("towers.stages", f"size_px must be a multiple of the patch size {_patch(visual)}", found=size_px)
+        raise ConfigError(
+            "towers.stages", f"size_px must be a multiple of the patch size {_patch(visual)}", found=size_px
+        )
     if math.isqrt(visual.get_parameter(name).shape[-2]) < _grid(full, visual):
         raise ConfigError("towers.stages", "this image tower has no square grid of positions", found=name)
     if name.startswith("trunk"):

@@ -3,17 +3,18 @@
 Reads the dataset folders and the model that the config names; writes what `biomedclip.runs` describes, and
 
     start/        the model before the first step, in open_clip's format
-    checkpoints/  step-NNNNNNNN/: trainer.ckpt and the model in open_clip's format
+    checkpoints/  step-NNNNNNNN/: trainer.ckpt and the model in open_clip's format; best.json names the best one
     final/        the trained model, in open_clip's format
 
 The starting weights are stored because every number of a continual run is a comparison with them, and a random start
-is gone otherwise. A run that was interrupted continues from its last checkpoint with the sample that was next.
+is gone otherwise. A run that was interrupted continues from its last checkpoint with the sample that was next, on as
+many devices as there are then. Of several processes each builds the same model and plan; the first one writes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,22 @@ if TYPE_CHECKING:
     from biomedclip.training.callbacks import LogSteps
 
 _MAY_CHANGE: dict[str, Any] = {
-    **dict.fromkeys(("device", "threads", "log_every_steps", "checkpoints", "validation"), True),
+    **dict.fromkeys(
+        (
+            "device",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "threads",
+            "micro_batch_size",
+            "log_every_steps",
+            "loggers",
+            "checkpoints",
+            "validation",
+        ),
+        True,
+    ),
+    "towers": {"gradient_checkpointing", "compile", "text_buckets"},
     "data": {"fetch"},
 }
 """Parts of a config that a resumed run may change: they do not touch what is learned."""
@@ -70,9 +86,17 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     if resume and read_facts(out):
         _check_same_run(out, config)
     _check_installed()
-    run = open_run(out, kind="train", config=config, seed=config.seed, resume=resume)
+    from biomedclip.training.trainer import is_first_process
+
+    if is_first_process():
+        run = open_run(out, kind="train", config=config, seed=config.seed, resume=resume)
+    else:
+        run = _OtherProcess(out, "train", resumed=resume)
     with _threads(config.threads):
-        log = _fit(config, run, progress)
+        log = _fit(config, run, progress if is_first_process() else silent)
+    if not is_first_process():
+        return TrainResult(folder=out, start=out / "start", final=out / "final", steps=config.max_steps,
+                           loss=log["loss"], samples_s=log["samples_s"], seconds=run.seconds)  # fmt: skip
     rates = sorted(row["samples_s"] for row in read_metrics(out) if row["samples_s"])
     summary = {
         "steps": config.max_steps,
@@ -82,6 +106,13 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     }
     run.finish(summary)
     return read_result(out)
+
+
+class _OtherProcess(Run):
+    """The run as all processes but the first see it: they write nothing."""
+
+    def log(self, line: str) -> None:
+        """Nothing: the first process logs."""
 
 
 def read_result(folder: str | Path) -> TrainResult:
@@ -103,24 +134,27 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     import torch
 
     from biomedclip.models.export import export_open_clip
-    from biomedclip.training.callbacks import list_checkpoints, remove_unfinished
+    from biomedclip.training.checkpoints import forget_later_best, list_checkpoints, remove_unfinished
     from biomedclip.training.module import ContrastiveModule
+    from biomedclip.training.throughput import sample_flops
+    from biomedclip.training.trainer import is_first_process
 
-    remove_unfinished(run.folder)
+    first_process = is_first_process()
+    if first_process:
+        remove_unfinished(run.folder)
+        forget_later_best(run.folder)
     saved = list_checkpoints(run.folder)
     torch.manual_seed(config.seed)
     model, model_cfg, tokenizer, data = _build(config)
-    for notice in data.train_loader.notices:
+    loader = data.train_loader
+    for notice in loader.notices:
         run.log(notice)
-    data.train_loader.on_notice = run.log
-    if left_out := data.train_loader.samples.ledger:
+    loader.on_notice = run.log
+    if first_process and (left_out := loader.samples.ledger):
         write_table(run.folder / "stream_ledger.parquet", left_out, LEDGER_COLUMNS)
-
-    def export(folder: Path) -> Path:
-        return export_open_clip(model, folder, model_cfg=model_cfg)
-
-    if not saved:
-        export(run.folder / "start")
+    export = _exporter(config, model, model_cfg)
+    if first_process and not saved:
+        export_open_clip(model, run.folder / "start", model_cfg=model_cfg)
         run.log(f"starts from {config.model.name} ({config.model.init})")
     continual = None
     if config.continual:
@@ -128,55 +162,60 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
 
         continual = build_continual(config, folder=run.folder, model=model, tokenizer=tokenizer, data=data)
     module = ContrastiveModule(model, config, continual)
+    flops = sample_flops(model, data.geometry.size_px)
     first = int(saved[-1].name.removeprefix("step-")) if saved else 0
     with progress("training", config.max_steps) as advance:
         if first:
             run.log(f"continues after step {first}")
             advance(first)
-        log = _train_loop(config, run, module, data, export, advance, saved[-1] if saved else None)
+        log = _train_loop(config, run, module, data, export, advance, saved[-1] if saved else None, flops)
     export(run.folder / "final")
     row = log.last_row or read_metrics(run.folder)[-1]
-    return {**row, "unreadable_samples": dict(data.train_loader.bad)}
+    return {**row, "unreadable_samples": dict(loader.bad)}
+
+
+def _exporter(config: TrainConfig, model: nn.Module, model_cfg: dict[str, Any]) -> Callable[[Path], object]:
+    """A function that writes the model to a folder; all processes call it, the first one writes."""
+    from biomedclip.models.export import export_open_clip
+    from biomedclip.training.trainer import is_first_process
+
+    def export(folder: Path) -> None:
+        state = None
+        if config.strategy == "fsdp":
+            from biomedclip.training.sharding import whole_state
+
+            state = whole_state(model)
+        if is_first_process():
+            export_open_clip(model, folder, model_cfg=model_cfg, state=state)
+
+    return export
 
 
 def _train_loop(
-    config: TrainConfig, run: Run, module: Any, data: Any, export: Any, advance: Any, checkpoint: Path | None
-) -> LogSteps:
-    from lightning.pytorch import Trainer
-
-    from biomedclip.training.callbacks import TRAINER_FILE, LogSteps, SaveCheckpoints, StopAtNaN
+    config: TrainConfig, run: Run, module: Any, data: Any, export: Any, advance: Any, checkpoint: Path | None,
+    flops: float,
+) -> LogSteps:  # fmt: skip
+    from biomedclip.training.callbacks import LogSteps, StopAtNaN
+    from biomedclip.training.checkpoints import TRAINER_FILE, SaveCheckpoints
     from biomedclip.training.continual.callbacks import continual_callbacks
+    from biomedclip.training.failures import explain_failures
+    from biomedclip.training.trainer import is_first_process, make_trainer, quiet_lightning
 
     first = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    log = LogSteps(run, config, advance, after_step=first)
-    watching = continual_callbacks(config, run, data.tokenise, export, after_step=first)
-    validate = config.validation.every_steps if data.val_dataloader() else 0
-    settings: dict[str, Any] = dict(
-        accelerator=config.device,
-        devices=1,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
-        max_steps=config.max_steps,
-        # Lightning offers each of these itself; here the run folder has one writer, `biomedclip.runs`.
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=None if validate else 0,
-        val_check_interval=validate or None,
-        check_val_every_n_epoch=None if validate else 1,
-        # The plan deals the slots of a batch to the processes; a sampler of Lightning's would deal them twice.
-        use_distributed_sampler=False,
-        callbacks=[StopAtNaN(run), log, *watching, SaveCheckpoints(run, config.checkpoints, export)],
+    log = LogSteps(
+        run, config, advance, after_step=first, flops=flops, terms=module.term_names, writes=is_first_process()
     )
+    saver = SaveCheckpoints(run, config.checkpoints, export)
+    watching = continual_callbacks(config, run, data.tokenise, export, after_step=first)
     path = checkpoint / TRAINER_FILE if checkpoint else None
-    with _quiet_lightning():
-        trainer = Trainer(**settings)
+    with quiet_lightning(), explain_failures(config, run.folder):
+        callbacks = [StopAtNaN(run), log, *watching, saver]
+        trainer = make_trainer(config, run.folder, callbacks, validates=bool(data.val_dataloader()))
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     if trainer.global_step < config.max_steps:
-        raise CheckpointError(
-            run.folder, f"training ended at step {trainer.global_step} of {config.max_steps}", todo="resume the run"
-        )
+        why = "SIGTERM stopped the run after" if saver.stopped else "training ended at"
+        raise CheckpointError(run.folder, f"{why} step {trainer.global_step} of {config.max_steps}",
+                              todo="resume the run: all steps are saved" if saver.stopped else "resume the run")  # fmt: skip
     return log
 
 
@@ -190,6 +229,7 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
     from biomedclip.stream.decode import Geometry
     from biomedclip.stream.text import fast_tokenise
     from biomedclip.training.data import StreamData
+    from biomedclip.training.failures import check_tokens
     from biomedclip.training.long_text import set_context_length
 
     random_init = config.model.init == "random"
@@ -208,8 +248,10 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
     sizes = {facts["size"]} if isinstance(facts["size"], int) else set(facts["size"])
     if len(sizes) != 1:
         raise ConfigError(config.model.name, "does not take square images", found=facts["size"])
+    tokenise = fast_tokenise(tokenizer)
+    check_tokens(tokenise, model, config.model.name)
     geometry = Geometry(size_px=sizes.pop(), resize_mode=facts["resize_mode"], interpolation=facts["interpolation"])
-    return model.train(), model_cfg, tokenizer, StreamData(config, geometry, fast_tokenise(tokenizer))
+    return model.train(), model_cfg, tokenizer, StreamData(config, geometry, tokenise)
 
 
 def _check_same_run(out: Path, config: TrainConfig) -> None:
@@ -243,23 +285,3 @@ def _threads(wanted: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's device table and advice off the terminal; warnings still pass."""
-    import logging
-    import warnings
-
-    names = ("lightning.pytorch", "lightning.fabric")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # Lightning 2.6 compares with a class that torch 2.15 renames.
-            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

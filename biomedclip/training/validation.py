@@ -27,7 +27,7 @@ from biomedclip.errors import ConfigError
 from biomedclip.evaluation.embed import embed_images
 from biomedclip.evaluation.evaluate import Encoder, read_split, score_retrieval, score_zero_shot
 from biomedclip.evaluation.prompts import compile_prompts
-from biomedclip.evaluation.scores import statistics_of
+from biomedclip.evaluation.scores import Scores, statistics_of
 from biomedclip.evaluation.tasks import Task, find_task
 from biomedclip.files import write_text
 from biomedclip.runs import Run
@@ -59,17 +59,20 @@ class Probe:
         """The task's headline metric."""
         return self.task.metrics.primary
 
-    def value(self, encoder: Encoder) -> float:
-        """The metric of the model on the probe's images."""
+    def scores(self, encoder: Encoder) -> Scores:
+        """What the model says about the probe's images."""
         images = embed_images(
             encoder.model, lambda picture: picture, self.manifest, read=self._reader(encoder.preprocess),
             device=encoder.device,
         )  # fmt: skip
         readable = set(images.sample_ids)
         rows = [row for row in self.manifest.rows if row.sample_id in readable]
-        score: Callable[..., Any] = score_zero_shot if self.task.kind == "zero_shot" else score_retrieval
-        scores = score(self, rows, images.vectors, encoder)
-        return float(statistics_of(scores, (self.metric,))[self.metric](None))
+        score: Callable[..., Scores] = score_zero_shot if self.task.kind == "zero_shot" else score_retrieval
+        return score(self, rows, images.vectors, encoder)
+
+    def value(self, encoder: Encoder) -> float:
+        """The task's headline metric."""
+        return float(statistics_of(self.scores(encoder), (self.metric,))[self.metric](None))
 
     def _reader(self, preprocess: Callable[[Any], Tensor]) -> Any:
         from biomedclip.layouts import read_rgb

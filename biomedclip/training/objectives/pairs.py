@@ -121,9 +121,7 @@ def batch_pairs(
         overlap = pairs.overlap(part)
         if overlap is not None:
             norm[part.rows] += overlap.sum(dim=1)
-    return Pairs(
-        groups=pairs.groups, members=pairs.members, strength=pairs.strength, norms=(norm, gather_rows(norm))
-    )
+    return Pairs(groups=pairs.groups, members=pairs.members, strength=pairs.strength, norms=(norm, gather_rows(norm)))
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
