@@ -118,6 +118,18 @@ def _json(facts: Tokenizer, files: Mapping[str, Path], where: str) -> RustEncode
     return RustEncoder(tokenizer)
 
 
+def _sentencepiece(facts: Tokenizer, files: Mapping[str, Path], where: str) -> RustEncoder:
+    from biomedclip.models.sentencepiece import read_sentencepiece
+
+    found = [path for name, path in files.items() if name.endswith((".spm", ".model"))]
+    if not found:
+        raise CheckpointError(
+            where, "needs a .spm file, which was not found", found=", ".join(sorted(files)) or "no tokenizer files",
+            todo=f"run: biomedclip models pull {where}, or put it beside the weights",
+        )  # fmt: skip
+    return RustEncoder(read_sentencepiece(found[0]))
+
+
 class AutoEncoder:
     """Rows of ids by a tokenizer of transformers."""
 
@@ -155,5 +167,5 @@ def _file(files: Mapping[str, Path], name: str, where: str) -> Path:
 
 
 _ENCODERS: dict[str, Callable[[Tokenizer, Mapping[str, Path], str], Any]] = {
-    "wordpiece": _wordpiece, "json": _json, "auto": _auto,
+    "wordpiece": _wordpiece, "json": _json, "sentencepiece": _sentencepiece, "auto": _auto,
 }  # fmt: skip

@@ -57,9 +57,10 @@ exceptions (missing: buffers only), each of which the report counts.
 in the order of the authors' code: before `tensor` on a PIL image, after it on a tensor. Every list has one `tensor`.
 
 **What becomes of a sentence** is `tokenizer`: `kind` is `clip` (CLIP's byte pairs, bundled), `wordpiece` (from
-`vocab.txt`), `json` (`tokenizer.json` of the tokenizers library) or `auto` (transformers' AutoTokenizer over the
-files with role `tokenizer`, without remote code). `pad: max` fills each row to `context`; `pad: longest` to the longest
-of its batch, which is only allowed where the published model's embedding does not depend on the padding.
+`vocab.txt`), `json` (`tokenizer.json` of the tokenizers library), `sentencepiece` (a `.spm` or `.model` file, numbered
+as XLM-R numbers it) or `auto` (transformers' AutoTokenizer over the files with role `tokenizer`, without remote code).
+`pad: max` fills each row to `context`; `pad: longest` to the longest of its batch, which is only allowed where the
+published model's embedding does not depend on the padding.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ class Preprocess(Config):
 class Tokenizer(Config):
     """A sentence's way into the model."""
 
-    kind: Literal["clip", "wordpiece", "json", "auto"]
+    kind: Literal["clip", "wordpiece", "json", "sentencepiece", "auto"]
     context: int
     """Tokens with start and end; longer text is cut and keeps its end token."""
     pad: Literal["max", "longest"] = "max"
