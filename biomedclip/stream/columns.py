@@ -150,7 +150,7 @@ class ShardIndex:
             known = "caption_sha1" in self.schema.names
             table = self.read(shard, ["article_id", "caption_sha1"] if known else ["article_id"])
             articles = hash_strings(table["article_id"])
-            captions = hash_strings(table["caption_sha1"]) if known else np.full(len(table), -1, dtype=np.int64)
+            captions = shorten_hashes(table["caption_sha1"]) if known else np.full(len(table), -1, dtype=np.int64)
             self._kin[shard] = articles, captions
             while len(self._kin) > 1 and sum(self.parts[number].rows for number in self._kin) > HELD_ROWS:
                 self._kin.popitem(last=False)
@@ -176,6 +176,22 @@ def hash_strings(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     encoded = whole.dictionary_encode()
     ids = np.array([hash_text(text) for text in encoded.dictionary.to_pylist()] + [-1], dtype=np.int64)
     found: np.ndarray = ids[encoded.indices.fill_null(len(ids) - 1).to_numpy(zero_copy_only=False)]
+    return found
+
+
+def shorten_hashes(values: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64 ids of at least 0 from hexadecimal hashes: their first 15 digits, -1 where there are not as many."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digits = 15
+    known = pc.fill_null(pc.match_substring_regex(values, f"^[0-9a-f]{{{digits}}}"), False).to_numpy()
+    heads = pc.utf8_slice_codeunits(values.filter(pa.array(known)), 0, digits).combine_chunks()
+    letters = np.frombuffer(heads.cast(pa.binary(digits)).buffers()[1] or b"", dtype=np.uint8)
+    values_of = (letters & 15) + 9 * (letters >> 6)
+    place = np.int64(16) ** np.arange(digits - 1, -1, -1, dtype=np.int64)
+    found = np.full(len(values), -1, dtype=np.int64)
+    found[known] = values_of[: digits * len(heads)].reshape(-1, digits).astype(np.int64) @ place
     return found
 
 

@@ -8,7 +8,9 @@ to work out, not of all 24 million rows, and the bytes of a window come from a b
 Shards are written article by article, and two figures of one article in a batch are false negatives of each other.
 Within a window the rows of an article are therefore spread evenly, and what is still too near is swapped with a random
 row elsewhere that fits. `apart` is the distance to keep: the most samples that the source ever has in one batch. An
-article or caption with more rows than the window has batches cannot be kept apart; it is spread, and left.
+article or caption with more rows than the window has batches cannot be kept apart; it is spread, and left. Where one
+epoch ends and the next begins the same rows could meet, so the beginning is fitted to the end before it. Two windows of
+one epoch are not fitted to each other: they share next to nothing, and knowing both would double the time to resume.
 """
 
 from __future__ import annotations
@@ -103,28 +105,25 @@ class Order:
         """Rows of a window in the order in which they are seen."""
         key = (epoch, window)
         if key not in self._final:
-            own, before = self._own_order(epoch, window), self._window_before(epoch, window)
+            own, before = self._own_order(epoch, window), self._epoch_end(epoch - 1) if window == 0 else None
             rows = own.rows
             if before is not None:
                 rows = join_windows(before.rows, before.kin, own.rows, own.kin, apart=self._apart,
-                                    seed=self._draw("join", epoch, window))  # fmt: skip
+                                    seed=self._draw("join", epoch))  # fmt: skip
             _remember(self._final, key, rows, _HELD_WINDOWS)
         else:
             self._final.move_to_end(key)
         return self._final[key]
 
-    def _window_before(self, epoch: int, window: int) -> _Window | None:
-        """The end of the window that is seen before, in the order it keeps whatever comes before it."""
-        if window == 0:
-            while epoch > 0 and not len(self.windows(epoch - 1).members):
-                epoch -= 1
-            if epoch == 0:
-                return None
-            epoch, window = epoch - 1, len(self.windows(epoch - 1).shards)
-        whole = self._own_order(epoch, window - 1)
-        last = max(self._apart - 1, 0)
-        size = len(whole.rows)
-        return _Window(whole.rows[size - min(last, size) :], tuple(ids[size - min(last, size) :] for ids in whole.kin))
+    def _epoch_end(self, epoch: int) -> _Window | None:
+        """The last rows of an epoch, in the order that they keep whatever comes before them."""
+        while epoch >= 0 and not len(self.windows(epoch).members):
+            epoch -= 1
+        if epoch < 0:
+            return None
+        whole = self._own_order(epoch, len(self.windows(epoch).shards) - 1)
+        first = max(len(whole.rows) - max(self._apart - 1, 0), 0)
+        return _Window(whole.rows[first:], tuple(ids[first:] for ids in whole.kin))
 
     def _own_order(self, epoch: int, window: int) -> _Window:
         key = (epoch, window)
@@ -163,7 +162,7 @@ def arrange(kin: Kin, size: int, *, apart: int, seed: int) -> np.ndarray:
 def join_windows(
     before: np.ndarray, before_kin: Kin, rows: np.ndarray, kin: Kin, *, apart: int, seed: int
 ) -> np.ndarray:
-    """The rows of a window, its beginning changed so that it fits the end of the window before.
+    """The rows of an epoch's first window, its beginning changed so that it fits the end of the epoch before.
 
     The last `apart` rows stay where they are: what comes after this window was fitted to them.
     """

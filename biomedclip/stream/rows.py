@@ -64,7 +64,7 @@ class StreamSource:
     split: str = "train"
     where: str | None = None
     """An SQL condition over the columns of the index; `article.<column>` are the facts of the sample's article."""
-    caps: Mapping[str, int | None] = field(default_factory=dict)
+    caps: Mapping[str, int] = field(default_factory=dict)
     """`label` and `concept`: the most samples an epoch takes of each label or concept."""
     keep: KeepRule | None = None
     """How likely an epoch keeps a sample, by its first caption."""
@@ -79,8 +79,7 @@ class StreamSource:
     @property
     def choice(self) -> Choice:
         """What of the source is used."""
-        caps = {kind: cap for kind, cap in self.caps.items() if cap is not None}
-        return Choice(split=self.split, where=self.where, caps=caps, balance=self.balance)
+        return Choice(split=self.split, where=self.where, caps=self.caps, balance=self.balance)
 
 
 class Column(Sequence[Value]):

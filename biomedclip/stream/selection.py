@@ -13,7 +13,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,7 +46,8 @@ class Choice:
 
     split: str = "train"
     where: str | None = None
-    caps: Mapping[str, int] | None = None
+    caps: Mapping[str, int] = field(default_factory=dict)
+    """The most samples of each `label` and `concept` in an epoch."""
     balance: bool | Literal["weights"] = False
 
 
@@ -89,7 +90,7 @@ def select_rows(place: Place, name: str, choice: Choice, cache: Path) -> Selecti
         check_columns(columns, [*place.index.schema.names, *(["article"] if place.dataset else [])], where)
     facts = {
         "version": _VERSION, "index": place.index.sha256, "split": choice.split, "where": choice.where,
-        "caps": dict(choice.caps or {}), "balance": choice.balance, "withdrawn": _hash_withdrawn(place),
+        "caps": dict(choice.caps), "balance": choice.balance, "withdrawn": _hash_withdrawn(place),
         "class_weights": _class_weights(place) if choice.balance == "weights" else None,
         "annotations": place.annotations_sha256 if choice.where and "annotation_" in choice.where else None,
     }  # fmt: skip
@@ -122,7 +123,7 @@ def _select(place: Place, name: str, choice: Choice, sha256: str) -> Selection:
             reason = "its where is true of none" if choice.where is not None else "all were taken back"
             raise DataError(place.where, f"has no samples left of split '{choice.split}'", found=reason)
     labels = _ListColumn.read(index, "labels", chosen)
-    caps = _cap_rows(index, chosen, labels, choice.caps or {})
+    caps = _cap_rows(index, chosen, labels, choice.caps)
     names = tuple(sorted(labels.names[code] for code in set(labels.codes.tolist())))
     most = int(labels.lengths.max(initial=0))
     parts = tuple(

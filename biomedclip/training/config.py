@@ -72,7 +72,7 @@ class SourceConfig(Config):
     where: str | None = None
     """An SQL condition over the index: `licence in ('CC0', 'CC BY') and modality = 'CT'`; `article.published >= '2020'`
     asks the facts of the sample's article."""
-    caps: dict[Literal["label", "concept"], Count] = {}
+    caps: dict[Literal["label", "concept"], Count] = Field(default_factory=dict)
     """The most samples of each label or concept that an epoch takes, as `{label: 5000}`: other ones each epoch."""
     balance: bool | Literal["weights"] = False
     """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
