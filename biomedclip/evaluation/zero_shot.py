@@ -42,7 +42,8 @@ def score_classes(images: Vectors, prompts: Sequence[Vectors], ensemble: Ensembl
     """(N, C) scores in float32, higher is likelier; cosines in every mode but `prob`.
 
     embed: f . norm(mean u); logit: mean of f . u; max: largest f . u; none: f . u of the single prompt;
-    lse: log of the mean of exp(s f . u), divided by s, between mean and max; prob: log of the mean over k of softmax_c(s f . u_ck), divided by s, so that softmax(s z) gives that mean back.
+    lse: log of the mean of exp(s f . u), divided by s, between mean and max; prob: log of the mean over k of
+    softmax_c(s f . u_ck), divided by s, so that softmax(s z) gives that mean back.
     Raises ConfigError where `none` meets several prompts or `prob` unequal counts.
     """
     counts = {len(vectors) for vectors in prompts}
