@@ -9,6 +9,7 @@ that entry of a pickled dict, `prefix module.` that every key begins so.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -45,6 +46,19 @@ class LayoutFile:
                 if key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
                     made[key] = made[key].abs() + 0.5
         return made
+
+
+def safetensors_size(file: LayoutFile) -> int:
+    """Bytes of the file in safetensors' format: header length, header padded to 8, then wide dtypes first."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key, (shape, dtype, _) in sorted(file.keys.items(), key=lambda entry: (-entry[1][1].itemsize, entry[0])):
+        end = position + math.prod(shape) * dtype.itemsize
+        name = {torch.float32: "F32", torch.int64: "I64"}[dtype]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + position
 
 
 def layout_names() -> list[str]:

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from checkpoint_layouts import layout_names, read_layout
+from checkpoint_layouts import layout_names, read_layout, safetensors_size
+from safetensors.torch import save_file
 
 from biomedclip.errors import CheckpointError
 from biomedclip.models.build import build_architecture, check_keys
@@ -71,6 +72,23 @@ def test_each_rule_is_needed(name):
         square = rule.verb == "transpose" and all(v.shape[0] == v.shape[1] for k, v in whole.items()
                                                   if re.search(rule.transpose, k))  # fmt: skip
         assert not same or square, f"rule {index} ({rule.verb}) changes nothing"
+
+
+def test_safetensors_layouts_weigh_what_was_published():
+    """Names, shapes and dtypes together decide the size, so that an equal size to the byte confirms them all."""
+    for name in list_names():
+        for file, layout in zip(read_model(name).files_of("weights"), read_layout(name), strict=True):
+            if file.size is not None and layout.path.endswith(".safetensors"):
+                assert safetensors_size(layout) == file.size, layout.path
+    assert safetensors_size(read_layout("medsiglip")[0]) == 3_513_309_984
+    assert round(safetensors_size(read_layout("flair")[0]) / 1e6, 2) == 533.32
+
+
+def test_the_size_formula_is_that_of_the_library(tmp_path):
+    layout = read_layout("medclip-resnet")[0]
+    layout.keys = dict(list(layout.keys.items())[:60])
+    save_file(layout.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "a.safetensors").stat().st_size == safetensors_size(layout)
 
 
 def test_every_layout_has_a_model_and_every_model_a_layout():
