@@ -111,6 +111,21 @@ def test_tokenisers_can_be_sent_to_other_processes(vocabulary):
         assert torch.equal(pickle.loads(pickle.dumps(ours))(CAPTIONS[:5]), ours(CAPTIONS[:5]))
 
 
+def test_words_that_were_looked_up_give_the_same_ids_as_whole_texts(monkeypatch):
+    import random
+    import re
+
+    import biomedclip.tokens as tokens
+
+    monkeypatch.setattr(tokens, "_WORDS_KEPT", 40)
+    draw = random.Random(0)
+    whole = tokens.clip_tokenizer()
+    words = tokens.WordIds(whole, re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"))
+    for _ in range(20):
+        texts = ["".join(draw.choices("abct'sd 12.,%-\x1f_é", k=draw.randint(0, 40))) for _ in range(30)]
+        assert words(texts, 12) == [whole.encode(text, add_special_tokens=False).ids[:12] for text in texts]
+
+
 def test_mending_gives_what_ftfy_and_html_give():
     import html
     import random

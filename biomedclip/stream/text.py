@@ -11,13 +11,15 @@ padding. `bucket_by_length` divides a batch so that each part runs at its own le
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from biomedclip.tokens import encode_captions, mend_text
+from biomedclip.tokens import WordIds, encode_captions, mend_text
 
 Tokenise = Callable[[Sequence[str]], torch.Tensor]
 
@@ -65,8 +67,13 @@ class HuggingFaceIds:
 
         inner = tokenizer.tokenizer
         # A copy, because truncation and padding are settings of the tokenizer and its owner keeps its own.
-        self._rust = Tokenizer.from_str(inner.backend_tokenizer.to_str())
+        stored = inner.backend_tokenizer.to_str()
+        self._rust = Tokenizer.from_str(stored)
         self._rust.no_padding()
+        self._rust.no_truncation()
+        self._words = _bert_words(self._rust, json.loads(stored)) if inner.truncation_side == "right" else None
+        before, after = _special_ids(self._rust)
+        self._before, self._after = before, after
         self._rust.enable_truncation(tokenizer.context_length, direction=inner.truncation_side)
         self._clean = _CLEANERS[tokenizer.clean_fn.__name__]
         self._length, self._pad_id = tokenizer.context_length, inner.pad_token_id
@@ -88,14 +95,37 @@ class HuggingFaceIds:
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """(B, L) ids, padded to the context; a longer text is cut and keeps its special tokens."""
-        encoded = self._rust.encode_batch_fast([self._clean(caption) for caption in captions])
+        encoded = self._encode([self._clean(caption) for caption in captions])
         ids = np.full((len(encoded), self._length), self._pad_id, dtype=np.int64)
-        for row, encoding in zip(ids, encoded, strict=True):
-            found = encoding.ids
+        for row, found in zip(ids, encoded, strict=True):
             row[slice(self._length - len(found), None) if self._pads_left else slice(len(found))] = found
         if self._stripped_id is not None:
             ids[ids == self._stripped_id] = 0
         return torch.from_numpy(ids)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._words is None:
+            return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
+        room = self._length - len(self._before) - len(self._after)
+        return [[*self._before, *ids, *self._after] for ids in self._words(texts, room)]
+
+
+def _bert_words(tokenizer: Any, stored: dict[str, Any]) -> WordIds | None:
+    """The words of a tokenizer that is BERT's in every stage; None for another one."""
+    stages = [(stored[stage] or {}).get("type") for stage in ("normalizer", "pre_tokenizer", "model")]
+    if stages != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
+        return None
+    # BERT's words: runs of letters and digits, and every other sign by itself. Marks count before text is lowered.
+    marks = [token["content"] for token in stored["added_tokens"]]
+    words = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9 ]")
+    return WordIds(tokenizer, words, marks, lower=bool(stored["normalizer"]["lowercase"]))
+
+
+def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids before and after those of a text."""
+    alone, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    place = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
+    return whole[:place], whole[place + len(alone) :]
 
 
 def _clean_whitespace(text: str) -> str:
