@@ -17,7 +17,9 @@ import typer
 from biomedclip import __version__
 from biomedclip.continual_commands import add_continual_commands
 from biomedclip.data_commands import data_app
-from biomedclip.errors import BiomedclipError, MissingExtra
+from biomedclip.errors import BiomedclipError, ConfigError, MissingExtra
+from biomedclip.train_commands import runs_app
+from biomedclip.model_commands import models_app
 
 app = typer.Typer(
     name="biomedclip",
@@ -30,6 +32,8 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.add_typer(runs_app, name="runs")
+app.add_typer(models_app, name="models")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the run writes.")]
@@ -87,22 +91,38 @@ def build(
 )
 def train(
     config: ConfigArgument,
-    out: OutOption,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for everything the run writes.")] = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    allow_plan_change: Annotated[
+        bool, typer.Option("--allow-plan-change", help="With --resume: other data, from a new epoch on; recorded.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be read: steps, coverage, licences, bytes, hours.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.")] = False,
+    samples_s: Annotated[
+        float | None, typer.Option("--samples-s", min=0.001, help="With --dry-run: a speed you have measured.")
+    ] = None,
     print_config: PrintOption = False,
 ) -> None:
     """Continually pretrain a CLIP on streamed shards."""
     from biomedclip.config import load_config
-    from biomedclip.progress import terminal
     from biomedclip.training.config import TrainConfig
 
     settings = load_config(config, TrainConfig, overrides or ())
     if print_config:
         return _print_config(settings)
+    if dry_run:
+        from biomedclip.train_commands import print_forecast
+
+        return print_forecast(settings, out, samples_s=samples_s, as_json=as_json)
+    if out is None:
+        raise ConfigError("--out", "is missing", todo="name the folder of the run: --out runs/first")
+    from biomedclip.progress import terminal
     from biomedclip.training.train import train as run
 
-    result = run(settings, out, resume=resume, progress=terminal)
+    result = run(settings, out, resume=resume, allow_plan_change=allow_plan_change, progress=terminal)
     typer.echo(f"{result.final}: trained weights in open_clip's format")
 
 
@@ -129,14 +149,6 @@ def evaluate(
 
 
 add_continual_commands(app)
-
-
-@app.command(epilog="Example: biomedclip models")
-def models() -> None:
-    """List the model architectures and checkpoint sources that `load` and the configs accept."""
-    from biomedclip.models.catalog import models_table
-
-    typer.echo(models_table())
 
 
 @app.command(epilog="Example: biomedclip doctor")

@@ -49,6 +49,22 @@ DATA_OPTIONS = {
 }
 
 
+MODEL_OPTIONS = {
+    "list": {"--domain"},
+    "info": {"name"},
+    "pull": {"name", "--out", "--revision"},
+    "verify": {"target", "--model", "--offline", "--trust-pickle"},
+    "convert": {"name", "checkpoint", "--out", "--trust-pickle"},
+    "export": {"source", "--out", "--format", "--checkpoint", "--push", "--private", "--trust-pickle"},
+    "card": {"target", "--out", "--notes", "--results"},
+}
+
+
+def test_the_commands_about_models_and_their_options_are_frozen():
+    found = COMMANDS["models"].commands
+    assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == MODEL_OPTIONS
+
+
 def test_the_commands_and_their_options_are_frozen():
     data = COMMANDS["data"].commands
     assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in data.items()} == DATA_OPTIONS
@@ -60,7 +76,9 @@ def test_the_commands_and_their_options_are_frozen():
     assert found == OPTIONS
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *(f"data {name}" for name in DATA_OPTIONS)])
+@pytest.mark.parametrize(
+    "name", [*OPTIONS, *(f"data {name}" for name in DATA_OPTIONS), *(f"models {name}" for name in MODEL_OPTIONS)]
+)
 def test_every_command_has_help_and_an_example(name):
     done = CliRunner().invoke(cli.app, [*name.split(), "--help"])
     assert done.exit_code == 0

@@ -99,7 +99,7 @@ def assemble(
     """
     with quiet():
         if parts.weights:
-            with _parameters_on_meta():
+            with parameters_on_meta():
                 model = build_architecture(parts.architecture)
             report = _load_weights(model, parts, trust_pickle)
         else:
@@ -108,6 +108,7 @@ def assemble(
     attached: Any = model
     attached.load_report, attached.facts, attached.companions = report, parts.facts, dict(parts.companions)
     attached.text_config = parts.architecture.text_config
+    attached.lower_case = getattr(getattr(parts.tokenise, "facts", None), "lower", True)
     config = open_clip_config(parts.transform)
     visual: Any = getattr(model, "visual", None)
     if config is not None and visual is not None:
@@ -230,7 +231,7 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Create every parameter without memory; buffers stay real, because a checkpoint may not hold them."""
     import torch
     from torch.nn.modules.module import register_module_parameter_registration_hook

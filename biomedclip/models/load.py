@@ -23,7 +23,7 @@ from biomedclip.models.folders import CONFIG_FILE, FACTS_FILE, HubPlace, folder_
 from biomedclip.models.hub import fetch, file_hash
 from biomedclip.models.preprocess import ImageTransform, open_clip_config, transform_from_open_clip
 from biomedclip.models.tokenise import make_tokenizer
-from biomedclip.models.zoo import File, ReleasedModel, find_model, read_zoo
+from biomedclip.models.zoo import Architecture, File, ReleasedModel, find_model, read_zoo
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,19 @@ def load(
     if isinstance(parts, Origin):
         return _load_tag(parts, name, device=device, dtype=dtype, random_init=random_init, preprocess=preprocess)
     return assemble(parts, device=device, dtype=dtype, trust_pickle=trust_pickle)
+
+
+def load_parts(name: str | Path, **options: Any) -> tuple[Parts, Loaded]:
+    """A model as `load` gives it, and the parts it was put together from: for what writes it somewhere else."""
+    trust_pickle = options.pop("trust_pickle", False)
+    parts = find_parts(name, **options)
+    if not isinstance(parts, Origin):
+        return parts, assemble(parts, trust_pickle=trust_pickle)
+    loaded = _load_tag(parts, name, device="cpu", dtype=None, random_init=False, preprocess=None)
+    config = dict(parts.model_cfg)
+    quick = config.pop("quick_gelu", False)
+    architecture = Architecture(activation="quick_gelu" if quick else "gelu", config=config)
+    return Parts(where=str(name), architecture=architecture, transform=loaded[1], tokenise=loaded[2]), loaded
 
 
 def find_parts(
