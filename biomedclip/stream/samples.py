@@ -105,7 +105,7 @@ class Samples(Dataset[dict[str, Any]]):
             "text": self.tokenise(captions),
             "labels": self._labels(final),
             "article": torch.tensor([self.rows[p.source].articles[p.row] for p in final], dtype=torch.int64),
-            "key": [self.rows[p.source].columns["key"][p.row] for p in final],
+            "key": [self._key(pick) for pick in final],
             "source": [self.rows[p.source].source.name for p in final],
             "epoch": torch.tensor([p.epoch for p in final], dtype=torch.int64),
             "bad": bad,
@@ -114,11 +114,11 @@ class Samples(Dataset[dict[str, Any]]):
 
     def read(self, pick: Pick) -> tuple[np.ndarray, str]:
         """Training pixels (H, W, 3) uint8 and caption of one sample. Raises DataError where it cannot be read."""
-        rows = self.rows[pick.source]
-        key, where = rows.columns["key"][pick.row], f"{rows.place.where}: {rows.columns['key'][pick.row]}"
+        rows, key = self.rows[pick.source], self._key(pick)
+        where = f"{rows.place.where}: {key}"
         views = self.views.get(rows.source.name)
         epoch = pick.epoch % views if views else pick.epoch
-        caption = self._training_caption(pick, epoch)
+        caption = self._training_caption(pick, key, epoch)
         change = augmentation_for(rows.source.augmentation, rows.columns["modality"][pick.row])
         image = self._cache.get((pick.source, pick.row))
         if image is None:
@@ -168,8 +168,8 @@ class Samples(Dataset[dict[str, Any]]):
     def _key(self, pick: Pick) -> str:
         return str(self.rows[pick.source].columns["key"][pick.row])
 
-    def _training_caption(self, pick: Pick, epoch: int) -> str:
-        mix, key = self.rows[pick.source].source.captions, self._key(pick)
+    def _training_caption(self, pick: Pick, key: str, epoch: int) -> str:
+        mix = self.rows[pick.source].source.captions
         if mix is None:
             return choose_caption(self._captions(pick), self.seed, key, epoch)
         columns = self.rows[pick.source].columns

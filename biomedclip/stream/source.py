@@ -61,6 +61,8 @@ class Place:
     base: str = ""
     """What stands before a shard's name in its path or URL, `/` included."""
     dataset: DatasetFolder | None = None
+    withdrawn: frozenset[str] = frozenset()
+    """Keys of samples taken back."""
     ledger: pa.Table | None = None
     """Samples of foreign tars that cannot be used, LEDGER_COLUMNS."""
 
@@ -79,11 +81,6 @@ class Place:
         if self.dataset is not None:
             return self.dataset.splits
         return {"train": len(self.index)} if len(self.index) else {}
-
-    @property
-    def withdrawn(self) -> frozenset[str]:
-        """Keys of samples taken back."""
-        return self.dataset.withdrawn if self.dataset is not None else frozenset()
 
     @property
     def annotations_sha256(self) -> str | None:
@@ -134,11 +131,11 @@ def locate(
         return Place(name, ShardIndex.of_table(_fill(found.table)), found.shards, ledger=found.ledger)
     if not is_remote(path):
         dataset = DatasetFolder(path)
-        return Place(str(path), ShardIndex.of_folder(dataset), {}, f"{dataset.folder}/", dataset)
+        return Place(str(path), ShardIndex.of_folder(dataset), {}, f"{dataset.folder}/", dataset, dataset.withdrawn)
     url = str(path).rstrip("/")
     dataset = DatasetFolder(mirror_dataset(url, fetcher, articles=articles))
     shards = {s["name"]: ShardFact(s["bytes"], version=s["sha256"]) for s in dataset.manifest["shards"]}
-    return Place(shown(url), ShardIndex.of_folder(dataset), shards, f"{url}/", dataset)
+    return Place(shown(url), ShardIndex.of_folder(dataset), shards, f"{url}/", dataset, dataset.withdrawn)
 
 
 def mirror_dataset(url: str, fetcher: Fetcher, *, articles: bool = False) -> Path:
@@ -191,8 +188,7 @@ class LocalShards:
         self._is_ours = place.dataset is not None
         self._files = OpenShards()
         self._paths: dict[str, Path] = {}
-        self._held: tuple[int, int, int, bytes] = (-1, 0, 0, b"")
-        """The row read last, where its bytes begin and were to end, and the bytes."""
+        self._held = _Held(-1, 0, b"", {})
 
     def prepare(self, rows: Sequence[int]) -> None:
         """Nothing: the system reads ahead."""
@@ -202,27 +198,29 @@ class LocalShards:
 
     def read(self, row: int, member: str) -> bytes:
         """The bytes of a member of the row's sample. Raises Fault where the tar ends before, or is another one."""
-        if self._held[0] != row:
-            self._held = self._load(row)
-        _, first, last, data = self._held
-        offset, size = _SPANS[member]
-        start = int(self._columns[offset][row])
-        stop = start + int(self._columns[size][row])
-        if start < first or stop > last:
-            data, first = self._pread(row, start, stop), start
+        held = self._held
+        if held.row != row:
+            held = self._held = self._load(row)
+        first, data = held.first, held.data
+        if member in held.members:
+            start, stop = held.members[member]
+        else:
+            start, stop = _span_of(self._columns, row, (member,))
+            first, data = start, self._pread(row, start, stop)
         if stop > first + len(data):
-            raise CutOff(self._where(row), "is cut off", found=f"{first + len(data) - start} of {stop - start} bytes",
-                         todo=_REPAIR)  # fmt: skip
+            raise CutOff(self._where(row), "is cut off", found=f"{max(first + len(data) - start, 0)} of {stop - start} "
+                         "bytes", todo=_REPAIR)  # fmt: skip
         return data[start - first : stop - first]
 
-    def _load(self, row: int) -> tuple[int, int, int, bytes]:
-        first, last = _span_of(self._columns, row, ("image", "text"))
+    def _load(self, row: int) -> _Held:
+        members = {member: _span_of(self._columns, row, (member,)) for member in ("image", "text")}
+        first, last = min(members.values())[0], max(stop for _, stop in members.values())
         if last - first > MAX_BLOCK:  # members far apart
-            return row, 0, 0, b""
+            return _Held(row, 0, b"", {})
         data = self._pread(row, first, last)
         if self._is_ours:
-            check_name(data, first, self._columns, row, self._where)
-        return row, first, last, data
+            check_name(data, members["text"][0] - first, self._columns, row, self._where)
+        return _Held(row, first, data, members)
 
     def _pread(self, row: int, start: int, stop: int) -> bytes:
         shard = self._columns["shard"][row]
@@ -235,10 +233,20 @@ class LocalShards:
     def close(self) -> None:
         """Close the tars."""
         self._files.close()
-        self._held = (-1, 0, 0, b"")
+        self._held = _Held(-1, 0, b"", {})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OpenShards(), "_held": (-1, 0, 0, b"")}
+        return {**self.__dict__, "_files": OpenShards(), "_held": _Held(-1, 0, b"", {})}
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The row read last: its bytes, where they begin in the shard, and where the members in them begin and end."""
+
+    row: int
+    first: int
+    data: bytes
+    members: dict[str, tuple[int, int]]
 
 
 class RemoteShards:
@@ -269,11 +277,10 @@ class RemoteShards:
             data = pending.result() if pending else self._fetcher.open().read(span)
             if pending:
                 self._held[row] = data
+        start, stop = _span_of(self._columns, row, (member,))
         if self._is_ours and member == "text":
-            check_name(data, span.start, self._columns, row, self._where)
-        offset, size = _SPANS[member]
-        start = int(self._columns[offset][row]) - span.start
-        return data[start : start + int(self._columns[size][row])]
+            check_name(data, start - span.start, self._columns, row, self._where)
+        return data[start - span.start : stop - span.start]
 
     def release(self, rows: Sequence[int]) -> None:
         """Forget these rows; what else needs them reads them again."""
@@ -384,15 +391,22 @@ _REPAIR = "the tar was changed after it was written; rebuild the dataset or fetc
 
 def _span_of(columns: Mapping[str, Sequence[Any]], row: int, members: Sequence[str]) -> tuple[int, int]:
     """First and last byte (exclusive) of some members of a row's sample within its shard."""
-    starts = [int(columns[_SPANS[m][0]][row]) for m in members]
-    return min(starts), max(start + int(columns[_SPANS[m][1]][row]) for start, m in zip(starts, members, strict=True))
+    first, last = 1 << 62, 0
+    for member in members:
+        offset, size = _SPANS[member]
+        start = int(columns[offset][row])
+        first, last = min(first, start), max(last, start + int(columns[size][row]))
+    return first, last
 
 
 def check_name(
-    data: bytes, first: int, columns: Mapping[str, Sequence[Any]], row: int, where: Callable[[int], str]
+    data: bytes, caption: int, columns: Mapping[str, Sequence[Any]], row: int, where: Callable[[int], str]
 ) -> None:
-    """Raise WrongBytes where the header before a caption of ours names another sample: captions have no checksum."""
-    header = int(columns["text_offset"][row]) - BLOCK - first
+    """Raise WrongBytes where the header before a caption of ours names another sample: captions have no checksum.
+
+    The caption begins at byte `caption` of `data`, or its header may lie before them.
+    """
+    header = caption - BLOCK
     name = f"{columns['key'][row]}.".encode()
     if header >= 0 and len(data) >= header + len(name) and not data.startswith(name, header):
         raise WrongBytes(where(row), "is not where its index says", todo=_REPAIR)
