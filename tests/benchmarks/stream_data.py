@@ -26,6 +26,7 @@ SIZE_PX = (600, 450)
 
 def write_figures(root: Path, count: int, per_shard: int) -> DatasetFolder:
     """A dataset folder of `count` figures below `root`, `per_shard` in each tar; made once."""
+    root.mkdir(exist_ok=True)
     folder = root / "figures"
     if not (folder / "manifest.json").exists():
         images, captions = read_sample(root)
