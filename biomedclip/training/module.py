@@ -243,9 +243,9 @@ class ContrastiveModule(LightningModule):
         """AdamW over decaying and not decaying parameters, its rate set at every step."""
         # A fused step would unscale fp16 gradients itself, after they were clipped.
         fused = self.config.precision != "fp16" and self.config.strategy != "fsdp"
-        optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
-        if not optimizer.param_groups[0]["params"]:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError("towers", "both towers are locked: nothing is trained", todo="unlock one")
+        optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
         steps, schedule = self.config.max_steps, self.config.schedule
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}

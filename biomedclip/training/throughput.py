@@ -63,7 +63,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def _count(forward: Any) -> int:
-    # With gradients enabled: attention's inference path is one fused operation that the counter does not know.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        forward()
+    # Attention's inference path is one fused operation that the counter does not know.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())

@@ -144,11 +144,11 @@ def _drop_patches(visual: Any, share: float) -> None:
     if trunk is None and isinstance(getattr(visual, "patch_dropout", None), nn.Module):
         from open_clip.transformer import PatchDropout
 
-        visual.patch_dropout = PatchDropout(share)
+        visual.patch_dropout = PatchDropout(share).train(visual.training)
     elif hasattr(trunk, "patch_drop"):
         from timm.layers import PatchDropout as TimmPatchDropout
 
-        trunk.patch_drop = TimmPatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens)
+        trunk.patch_drop = TimmPatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens).train(visual.training)
     else:
         raise ConfigError("towers.patch_dropout", "needs a vision transformer", found=type(trunk or visual).__name__)
 
@@ -184,7 +184,7 @@ def _check_stage(visual: Any, size_px: int) -> None:
         raise ConfigError(
             "towers.stages", f"size_px must be a multiple of the patch size {_patch(visual)}", found=size_px
         )
-    if math.isqrt(visual.get_parameter(name).shape[-2]) < _grid(full, visual):
+    if math.isqrt(visual.get_parameter(name).shape[-2]) != _grid(full, visual):
         raise ConfigError("towers.stages", "this image tower has no square grid of positions", found=name)
     if name.startswith("trunk"):
         # The trunk checks the size that it was built for; another grid of positions makes any size right.
