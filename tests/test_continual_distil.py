@@ -184,7 +184,7 @@ def test_gradients_are_those_of_the_value(name):
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_student_that_is_the_teacher_has_no_gradient(name):
-    """At the start of a run the terms pull nowhere; `anchors` and `similarity` are cross entropies, above zero there."""
+    """At the start of a run the terms pull nowhere; `anchors` and `similarity` are cross entropies, above zero."""
     ours = pairs(TEACHER_IMAGE, TEACHER_TEXT, requires_grad=True)
     function = {**FORMULAS, "similarity": lambda x: similarity_loss(x, torch.tensor(30.0), TEACHER, 30.0),
                 "reinforced": lambda x: reinforced_loss(x, torch.tensor(30.0), [(TEACHER, 30.0)])}[name]  # fmt: skip

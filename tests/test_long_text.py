@@ -150,3 +150,13 @@ def test_a_tower_without_positions_to_spare_is_refused():
     model = build(dict(config))
     with pytest.raises(ConfigError, match="of 16 positions cannot be stretched"):
         set_context_length(model, config, 248)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_text_whose_padding_is_cut_is_embedded_as_the_whole_one(custom):
+    from biomedclip.training.towers import encode_text, text_padding
+
+    model = build(clip_config(custom=custom))
+    tokens = open_clip.SimpleTokenizer(context_length=77)(["a chest radiograph", "cells"])
+    assert text_padding(model) == 0
+    torch.testing.assert_close(encode_text(model, tokens[:, :8]), model.encode_text(tokens), rtol=1e-5, atol=1e-6)

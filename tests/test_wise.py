@@ -68,10 +68,15 @@ def test_a_model_carries_other_weights_for_a_block_and_gets_its_own_back_bit_by_
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     image = torch.randn(2, 3, 32, 32)
     own = model.encode_image(image)
-    with pytest.raises(RuntimeError), carrying(model, interpolate(before, other.state_dict(), 1.0)):
-        assert torch.equal(model.encode_image(image), other.encode_image(image))
-        assert not torch.equal(model.encode_image(image), own)
-        raise RuntimeError
+
+    def fail_inside():
+        with carrying(model, interpolate(before, other.state_dict(), 1.0)):
+            assert torch.equal(model.encode_image(image), other.encode_image(image))
+            assert not torch.equal(model.encode_image(image), own)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_inside()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model.encode_image(image), own)
 

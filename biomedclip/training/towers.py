@@ -83,17 +83,18 @@ def text_padding(model: nn.Module) -> int | None:
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """(b, D) embeddings, not yet normalised, of token ids whose padding may have been cut."""
-    tower: Any = model
-    if hasattr(tower, "text") or tokens.shape[1] == len(tower.positional_embedding):
-        return tower.encode_text(tokens)
-    # open_clip's CLIP adds all its positions; for a shorter text it gets the first ones.
+    tower: Any = getattr(model, "text", model)
+    if not hasattr(tower, "token_embedding") or tokens.shape[1] == len(tower.positional_embedding):
+        return model.encode_text(tokens)  # type: ignore[operator]
+    # open_clip's own towers add all positions and mask them all; a shorter text gets the first ones.
     length = tokens.shape[1]
     from open_clip.transformer import text_global_pool
 
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
-    x = text_global_pool(x, tokens, tower.text_pool_type, eos_token_id=getattr(tower, "text_eos_id", None))
+    kind, end = (getattr(tower, f"text_{name}", None) or getattr(tower, name, None) for name in ("pool_type", "eos_id"))
+    x = text_global_pool(x, tokens, kind, eos_token_id=end)
     if tower.text_projection is None:
         return x
     return tower.text_projection(x) if isinstance(tower.text_projection, nn.Linear) else x @ tower.text_projection

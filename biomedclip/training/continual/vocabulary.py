@@ -1,7 +1,7 @@
 """Sentences of random words: the anchors of VR-LwF, which stand for every text that no training set holds.
 
 Reads an open_clip tokenizer and yields token ids, drawn once from a seed: beginning, random words, end, padding.
-Special tokens and BERT's unused entries are left out, because no sentence contains them and their embeddings are random.
+Special tokens and BERT's unused entries are left out: no sentence contains them, so their embeddings are random.
 """
 
 from __future__ import annotations
