@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ def layout_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.txt"))
 
 
+@cache
 def read_layout(name: str) -> list[LayoutFile]:
     """The published files of a model."""
     files: list[LayoutFile] = []

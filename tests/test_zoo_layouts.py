@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from checkpoint_layouts import layout_names, read_layout, safetensors_size
+from checkpoint_layouts import LayoutFile, layout_names, read_layout, safetensors_size
 from safetensors.torch import save_file
 
 from biomedclip.errors import CheckpointError
 from biomedclip.models.build import build_architecture, check_keys
 from biomedclip.models.catalog import list_names
-from biomedclip.models.convert import convert, expand
+from biomedclip.models.convert import Changes, convert, expand
 from biomedclip.models.zoo import ReleasedModel, read_model
 
 
@@ -38,13 +38,19 @@ def built_on_meta(model: ReleasedModel) -> torch.nn.Module:
         return build_architecture(model.architecture)
 
 
+def fit(model: ReleasedModel, tensors: dict[str, torch.Tensor], where: str) -> tuple[dict, dict, Changes, list[str]]:
+    """The model's tensors, what was expected, what the rules did, and which keys may be missing; raises as `load`."""
+    ready, changes = convert(tensors, model.keys.rules, where)
+    expected = built_on_meta(model).state_dict()
+    missing, extra = check_keys(expected, ready, model.keys, where=where, name=model.name)
+    assert not extra
+    return ready, expected, changes, missing
+
+
 @pytest.mark.parametrize("name", list_names())
 def test_the_published_tensors_become_exactly_the_model_s(name):
     model = read_model(name)
-    tensors, changes = convert(published(model), model.keys.rules, name)
-    expected = built_on_meta(model).state_dict()
-    missing, extra = check_keys(expected, tensors, model.keys, where=name, name=name)
-    assert not extra
+    tensors, expected, changes, missing = fit(model, published(model), name)
     assert len(tensors) == len(expected) - len(missing)
     # A pattern that nothing needs is a leftover of another model's facts.
     for pattern in model.keys.allow_missing:
@@ -74,6 +80,16 @@ def test_each_rule_is_needed(name):
         assert not same or square, f"rule {index} ({rule.verb}) changes nothing"
 
 
+@pytest.mark.parametrize("name", list_names())
+def test_another_model_s_file_is_refused_by_name(name):
+    model = read_model(name)
+    others = [other for other in list_names() if set(published(read_model(other))) != set(published(model))]
+    start = list_names().index(name)
+    for other in (others * 2)[start : start + 3]:
+        with pytest.raises(CheckpointError, match=r"their\.file"):
+            fit(model, published(read_model(other)), "their.file")
+
+
 def test_safetensors_layouts_weigh_what_was_published():
     """Names, shapes and dtypes together decide the size, so that an equal size to the byte confirms them all."""
     for name in list_names():
@@ -85,8 +101,7 @@ def test_safetensors_layouts_weigh_what_was_published():
 
 
 def test_the_size_formula_is_that_of_the_library(tmp_path):
-    layout = read_layout("medclip-resnet")[0]
-    layout.keys = dict(list(layout.keys.items())[:60])
+    layout = LayoutFile("a.safetensors", keys=dict(list(read_layout("medclip-resnet")[0].keys.items())[:60]))
     save_file(layout.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "a.safetensors").stat().st_size == safetensors_size(layout)
 
