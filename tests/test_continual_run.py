@@ -20,7 +20,8 @@ from data_builders.build import resolve_root
 
 ALL_TERMS = {
     "modx": {}, "vr_lwf": {"num_texts": 8, "num_words": 4}, "ctp": {}, "lwf": {}, "features": {}, "similarity": {},
-    "l2_sp": {"weight": 0.1}, "ewc": {"weight": 10, "batches": 2}, "ema": {"decay": 0.5}, "ensemble": {"every_steps": 2},
+    "l2_sp": {"weight": 0.1}, "ewc": {"weight": 10, "batches": 2}, "ema": {"decay": 0.5},
+    "ensemble": {"every_steps": 2},
 }  # fmt: skip
 
 

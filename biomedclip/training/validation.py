@@ -62,7 +62,7 @@ class Probe:
     def scores(self, encoder: Encoder) -> Scores:
         """What the model says about the probe's images."""
         images = embed_images(
-            encoder.model, lambda picture: picture, self.manifest, read=self._reader(encoder.preprocess),
+            encoder.model, _unchanged, self.manifest, read=self._reader(encoder.preprocess),
             device=encoder.device,
         )  # fmt: skip
         readable = set(images.sample_ids)
@@ -235,6 +235,11 @@ class AskProbes(Callback):
         now = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         start = {name: self._start[name].to(tensor.device) for name, tensor in now.items()}
         return carrying(model, interpolate(start, now, alpha))
+
+
+def _unchanged(picture: Any) -> Any:
+    """The picture, which the reader has preprocessed."""
+    return picture
 
 
 def _transform(model: nn.Module) -> Callable[[Any], Tensor]:

@@ -1,7 +1,7 @@
 """What happens around a step against forgetting: averages, the guard against spikes, and the probes that watch.
 
-Reads the run's config; yields Lightning callbacks in the order in which they must act: averages take a step's weights in
-before the probes ask them.
+Reads the run's config; yields Lightning callbacks in the order in which they must act: averages take a step's weights
+in before the probes ask them.
 """
 
 from __future__ import annotations

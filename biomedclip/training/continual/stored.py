@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from biomedclip.errors import CheckpointError, ConfigError, DataError
 from biomedclip.evaluation.embed import fingerprint
-from biomedclip.files import write_atomic
+from biomedclip.files import sha256_json, write_atomic
 from biomedclip.progress import Progress, silent
 from biomedclip.stream.addresses import is_remote
 from biomedclip.stream.decode import Geometry
@@ -95,7 +95,7 @@ def store_embeddings(
             source = samples.rows[number].source
             facts = StoredFacts(
                 teacher=teacher_name, fingerprint=known, logit_scale=float(model.logit_scale.detach().exp()),
-                views=views, seed=samples.seed, source=source.name, augmentation=source.augmentation,
+                views=views, seed=samples.seed, source=source.name, augmentation=_name_augmentation(source),
                 split=source.split,
             )  # fmt: skip
             path = sidecar_path(source, shard, name, folder)
@@ -134,7 +134,9 @@ class StoredEmbeddings:
     def _load(self, samples: Samples, name: str, folder: str | Path | None) -> _Table:
         import pyarrow.parquet as pq
 
-        parts, rows, scales = [], {}, set()
+        parts: list[tuple[np.ndarray, ...]] = []
+        rows: dict[tuple[str, str, int], int] = {}
+        scales: set[float] = set()
         for number, shard in _by_shard(samples):
             source = samples.rows[number].source
             path = sidecar_path(source, shard, name, folder)
@@ -174,6 +176,12 @@ def sidecar_path(source: Any, shard: str, name: str, folder: str | Path | None) 
         raise ConfigError(f"data.sources: {source.name}", "is no dataset folder on this machine",
                           todo="name a folder for the teacher's embeddings")  # fmt: skip
     return Path(source.path) / stem
+
+
+def _name_augmentation(source: Any) -> str:
+    """A preset's name, or a hash of the settings that a config wrote out."""
+    chosen = source.augmentation
+    return chosen if isinstance(chosen, str) else sha256_json(chosen.model_dump(mode="json"))[:16]
 
 
 def _by_shard(samples: Samples) -> dict[tuple[int, str], list[tuple[int, int]]]:
@@ -236,7 +244,8 @@ def _read_facts(path: Path) -> StoredFacts:
 
 
 def _check(path: Path, facts: StoredFacts, samples: Samples, source: Any) -> None:
-    for key, ours in (("seed", samples.seed), ("source", source.name), ("augmentation", source.augmentation)):
+    wanted = {"seed": samples.seed, "source": source.name, "augmentation": _name_augmentation(source)}
+    for key, ours in wanted.items():
         if getattr(facts, key) != ours:
             raise DataError(path, f"was written for another {key}", found=f"{getattr(facts, key)!r}, here {ours!r}",
                             todo="run: biomedclip teach with this config")  # fmt: skip

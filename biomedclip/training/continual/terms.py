@@ -55,7 +55,7 @@ class Surroundings:
     data: StreamData
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FormulaTerm:
     """A term given by a function of the step."""
 
@@ -77,7 +77,7 @@ def build_continual(
     Raises ConfigError or DataError where reference sources or stored embeddings are not what the run needs; the
     teacher itself is loaded at the first step.
     """
-    settings = config.continual
+    settings = config.continual or ContinualConfig()
     around = Surroundings(config=config, folder=folder, model=model, tokenizer=tokenizer, data=data)
     name = folder / "start" if settings.teacher == "start" else settings.teacher
     teacher = FrozenTeacher.load(name, model, precision=settings.teacher_precision)
