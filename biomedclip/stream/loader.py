@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.stream.ledger import Ledger, Unreadable
+from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import StreamSource
 from biomedclip.stream.samples import MAX_ATTEMPTS, Samples
 
@@ -39,6 +39,8 @@ class StreamLoader:
         samples.max_steps = max_steps
         self.delivered = 0
         self.ledger = Ledger()
+        self._run_folder: Path | None = None
+        self._continued: frozenset[str] = frozenset()
         self.last_bad: str | None = None
         self.notices: list[str] = []
         """What somebody should know once: samples that cannot be used, a cache that is off."""
@@ -50,10 +52,15 @@ class StreamLoader:
         return self.max_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.ledger.rewind(self.delivered)
-        self.samples.passed_over = self.ledger.known
+        samples = self.samples
+        # Only now: Lightning says late which of how many processes this is.
+        if self._run_folder:
+            self.ledger = Ledger(self._run_folder, plan_sha256=self.plan_sha256, rank=samples.rank,
+                                 world_size=samples.world_size)  # fmt: skip
+            self.ledger.rewind(self.delivered)
+        samples.passed_over = self.ledger.known
         loader: DataLoader[dict[str, Any]] = DataLoader(
-            self.samples, batch_size=None, sampler=range(self.delivered, self.max_steps), num_workers=self.workers,
+            samples, batch_size=None, sampler=range(self.delivered, self.max_steps), num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None, collate_fn=_as_it_is, pin_memory=self.pin_memory,
         )  # fmt: skip
         for batch in loader:
@@ -69,7 +76,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the state's batches. Raises ConfigError where the state is of another plan."""
-        if state["plan_sha256"] != self.plan_sha256:
+        if state["plan_sha256"] not in {self.plan_sha256, *self._continued}:
             raise ConfigError(
                 "data",
                 "is not what the interrupted run read: sources, their tombstones, weights, batch size or seed differ",
@@ -77,10 +84,13 @@ class StreamLoader:
             )  # fmt: skip
         self.delivered = int(state["delivered"])
 
+    def follow(self, plan: Plan, continued: frozenset[str] = frozenset()) -> None:
+        """Read this plan; the state of a plan in `continued` is gone on with too, by this one."""
+        self.samples.plan, self._continued = plan, continued
+
     def keep_ledger(self, folder: str | Path) -> None:
         """Keep the unreadable samples in a run's folder; a resumed run passes over those it could not read before."""
-        samples = self.samples
-        self.ledger = Ledger(folder, plan_sha256=self.plan_sha256, rank=samples.rank, world_size=samples.world_size)
+        self._run_folder = Path(folder)
 
     @property
     def bad(self) -> Counter[str]:
@@ -90,8 +100,9 @@ class StreamLoader:
             counts[source] += count
         return counts
 
-    @cached_property
+    @property
     def plan_sha256(self) -> str:
+        """Identity of the plan that is read."""
         return self.samples.plan.sha256
 
     def _note(self, notice: str | None) -> None:
@@ -103,6 +114,10 @@ class StreamLoader:
     def _count(self, bad: Sequence[Unreadable], size: int) -> None:
         if not bad:
             return
+        for entry in bad:
+            if (entry.source, entry.reason) not in self.ledger.counts:
+                self._note(f"{entry.source}: a sample cannot be read and is replaced, as others will be; the first "
+                           f"({entry.reason}): {entry.detail}")  # fmt: skip
         self.ledger.add(bad)
         self.last_bad = bad[-1].detail
         count, seen = self.ledger.own, (self.delivered + 1) * size

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from biomedclip.config import load_config
 from biomedclip.errors import CheckpointError, ConfigError, MissingExtra
+from biomedclip.files import write_text
 from biomedclip.progress import Progress, silent
-from biomedclip.runs import CONFIG, DONE, Run, is_done, open_run, read_facts, read_metrics
+from biomedclip.runs import CONFIG, DONE, Run, dump_config, is_done, open_run, read_facts, read_metrics
 from biomedclip.schema import LEDGER_COLUMNS
 from biomedclip.shards import write_table
 from biomedclip.training.config import TrainConfig
+from biomedclip.training.plans import DATA_KEYS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,18 +75,26 @@ class TrainResult:
     """Wall clock of the process that finished the run."""
 
 
-def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: Progress = silent) -> TrainResult:
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    allow_plan_change: bool = False,
+    progress: Progress = silent,
+) -> TrainResult:
     """Train as the config says into the run folder `out`, and return where the weights are.
 
     With `resume`, an interrupted run continues from its last checkpoint (from the start where it has none) and a
-    finished one is returned as it is. Raises ConfigError where `out` holds another run or the loss is not finite,
-    DataError for datasets that cannot be read, CheckpointError for weights that cannot be read or written.
+    finished one is returned as it is; with `allow_plan_change` also over other data, from a new epoch on. Raises
+    ConfigError where `out` holds another run or the loss is not finite, DataError for datasets that cannot be read,
+    CheckpointError for weights that cannot be read or written.
     """
     out = Path(out)
     if resume and is_done(out):
         return read_result(out)
     if resume and read_facts(out):
-        _check_same_run(out, config)
+        _check_same_run(out, config, allow_plan_change)
     _check_installed()
     from biomedclip.training.trainer import is_first_process
 
@@ -93,7 +103,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     else:
         run = _OtherProcess(out, "train", resumed=resume)
     with _threads(config.threads):
-        log = _fit(config, run, progress if is_first_process() else silent)
+        log = _fit(config, run, progress if is_first_process() else silent, allow_plan_change)
     if not is_first_process():
         return TrainResult(folder=out, start=out / "start", final=out / "final", steps=config.max_steps,
                            loss=log["loss"], samples_s=log["samples_s"], seconds=run.seconds)  # fmt: skip
@@ -129,13 +139,14 @@ def read_result(folder: str | Path) -> TrainResult:
     )  # fmt: skip
 
 
-def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
+def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: bool) -> dict[str, Any]:
     """Build model and data, train to the last step, export; returns the last logged row."""
     import torch
 
     from biomedclip.models.export import export_open_clip
     from biomedclip.training.checkpoints import forget_later_best, list_checkpoints, remove_unfinished
     from biomedclip.training.module import ContrastiveModule
+    from biomedclip.training.plans import settle_plan
     from biomedclip.training.throughput import sample_flops
     from biomedclip.training.trainer import is_first_process
 
@@ -147,9 +158,20 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model, model_cfg, tokenizer, data = _build(config)
     loader = data.train_loader
+    first = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    plan, continued = settle_plan(
+        run.folder, config, loader.samples.plan, loader.samples.rows, step=first, allow_change=allow_plan_change,
+        write=first_process,
+    )  # fmt: skip
+    loader.follow(plan, continued)
+    if first_process and plan.first_step == first > 0:
+        write_text(run.folder / CONFIG, dump_config(config))
+        run.log(f"another plan from step {first} on: {plan.sha256[:16]}")
+    loader.keep_ledger(run.folder)
     for notice in loader.notices:
         run.log(notice)
     loader.on_notice = run.log
+    loader.keep_ledger(run.folder)
     if first_process and (left_out := loader.samples.ledger):
         write_table(run.folder / "stream_ledger.parquet", left_out, LEDGER_COLUMNS)
     export = _exporter(config, model, model_cfg)
@@ -163,7 +185,6 @@ def _fit(config: TrainConfig, run: Run, progress: Progress) -> dict[str, Any]:
         continual = build_continual(config, folder=run.folder, model=model, tokenizer=tokenizer, data=data)
     module = ContrastiveModule(model, config, continual)
     flops = sample_flops(model, data.geometry.size_px)
-    first = int(saved[-1].name.removeprefix("step-")) if saved else 0
     with progress("training", config.max_steps) as advance:
         if first:
             run.log(f"continues after step {first}")
@@ -254,15 +275,16 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
     return model.train(), model_cfg, tokenizer, StreamData(config, geometry, tokenise)
 
 
-def _check_same_run(out: Path, config: TrainConfig) -> None:
+def _check_same_run(out: Path, config: TrainConfig, allow_plan_change: bool) -> None:
     """Raise ConfigError where a resumed run would learn something else than the interrupted one."""
     old = load_config(out / CONFIG, TrainConfig).model_dump(exclude=_MAY_CHANGE)
     new = config.model_dump(exclude=_MAY_CHANGE)
-    differ = [key for key in old if old[key] != new[key]]
+    differ = [key for key in old if old[key] != new[key] and not (allow_plan_change and key in DATA_KEYS)]
     if differ:
+        other = " or add --allow-plan-change" if set(differ) <= set(DATA_KEYS) else ""
         raise ConfigError(
             out, f"was started with another config: {', '.join(differ)} differ",
-            todo=f"resume with {out / CONFIG}, or start in another folder",
+            todo=f"resume with {out / CONFIG}, start in another folder{other}",
         )  # fmt: skip
 
 
