@@ -12,11 +12,13 @@ from typing import Annotated
 import typer
 
 from biomedclip.annotate_commands import annotate_app
+from biomedclip.stream_commands import stream_app
 
 data_app = typer.Typer(
     help="Plan a build over PubMed Central, estimate it, and verify what was built.", no_args_is_help=True
 )
 data_app.add_typer(annotate_app, name="annotate")
+data_app.add_typer(stream_app)
 
 
 @data_app.command("plan", epilog="Example: biomedclip data plan mirror/ --out plan.parquet --set licence=commercial")

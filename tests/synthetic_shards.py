@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,6 +47,22 @@ def write_articles(folder: Path, *, articles: int = 5, figures: int = 4) -> Path
                     )
                 )  # fmt: skip
         writer.finish(provenance={}, card=lambda manifest: "made-up articles")
+    return folder
+
+
+def write_captions(folder: Path, captions: Sequence[str], sidecars: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Grey squares with these captions, in order, and what their .json holds besides."""
+    with DatasetWriter(folder, name="captions") as writer:
+        for number, caption in enumerate(captions):
+            data = encode(np.full((24, 24, 3), number % 256, dtype=np.uint8), "PNG")
+            writer.add(
+                Pair(
+                    key=f"sample-{number}", image=data, image_format="png", width=24, height=24, caption=caption,
+                    licence="CC0", source="captions", sha256=hashlib.sha256(data).hexdigest(), phash=0,
+                    sidecar=sidecars[number] if sidecars else {},
+                )
+            )  # fmt: skip
+        writer.finish(provenance={}, card=lambda manifest: "made-up captions")
     return folder
 
 

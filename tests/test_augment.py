@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from test_decode import encoded, picture
 
 from biomedclip.config import check_config
 from biomedclip.errors import ConfigError
@@ -20,7 +21,6 @@ from biomedclip.stream.presets import (
     preset_for,
     resolve_setting,
 )
-from tests.test_decode import encoded, picture
 
 MODES = ("shortest", "longest", "squash")
 

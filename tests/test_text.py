@@ -190,6 +190,35 @@ def test_a_drawn_text_depends_on_the_facts_alone_and_one_word_is_none():
     assert {choose_caption(["a", "b"], 0, "key", epoch) for epoch in range(20)} == {"a", "b"}
 
 
+def test_a_source_reads_the_texts_of_its_mix(tmp_path):
+    from synthetic_shards import write_captions
+
+    from biomedclip.stream.decode import Geometry
+    from biomedclip.stream.loader import Samples, StreamSource
+
+    captions = [f"caption number {i}" for i in range(6)]
+    folder = write_captions(tmp_path / "set", captions, [SIDECAR if i % 2 else {} for i in range(6)])
+    mix = CaptionMix(original=1, rewrite=1, mention=1)
+
+    def texts(captions: CaptionMix | None) -> list[list[str]]:
+        source = StreamSource(name="a", path=folder, captions=captions)
+        seen: list[list[str]] = []
+        samples = Samples([source], batch_size=6, seed=0, geometry=Geometry(size_px=8),
+                          tokenise=lambda batch: seen.append(list(batch)) or torch.zeros(len(batch), 2))  # fmt: skip
+        for step in range(20):
+            samples[step]
+        samples.close()
+        return seen
+
+    found = texts(mix)
+    assert found == texts(mix)
+    said = Counter(text for batch in found for text in batch)
+    assert {text for text in said if not text.startswith("caption")} == {*SIDECAR["rewrites"], "Figure 2 shows a cell"}
+    assert 25 <= said["Figure 2 shows a cell"] / 60 * 100 <= 42
+    assert said[captions[0]] == 20, "a sample without others keeps its caption"
+    assert {text for batch in texts(CaptionMix(original=1)) for text in batch} == set(captions)
+
+
 @pytest.mark.parametrize(
     ("mix", "match"),
     [({"original": 0}, "above zero"), ({"orginal": 1}, "did you mean 'original'"), ({"rewrite": -1}, "greater than")],

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from biomedclip.config import Config
 from biomedclip.stream.captions import CaptionMix
 from biomedclip.stream.fetch import FetchConfig
+from biomedclip.stream.metaclip import KeepConfig
 from biomedclip.stream.presets import Augmentation, resolve_setting
 from biomedclip.training.continual.config import ContinualConfig, GuardConfig, ProbeConfig
 
@@ -74,6 +75,8 @@ class SourceConfig(Config):
     asks the facts of the sample's article."""
     caps: dict[Literal["label", "concept"], Count] = Field(default_factory=dict)
     """The most samples of each label or concept that an epoch takes, as `{label: 5000}`: other ones each epoch."""
+    keep: KeepConfig | None = None
+    """How often an epoch keeps a sample, by what its caption says: `{metaclip: {entries: e.parquet, tail: 0.06}}`."""
     balance: bool | Literal["weights"] = False
     """True gives each class (first label) of the source the same share; `weights` uses the class weights that the
     data set's recipe asked for when it was compiled."""

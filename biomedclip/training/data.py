@@ -18,7 +18,8 @@ from biomedclip.stream.decode import Geometry
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
 from biomedclip.stream.plan import Pick
 from biomedclip.stream.text import Tokenise
-from biomedclip.training.config import DataConfig, TrainConfig
+from biomedclip.training.config import TrainConfig
+from biomedclip.training.plans import stream_sources
 
 
 class StreamData(LightningDataModule):
@@ -88,8 +89,3 @@ class ValidationBatches:
                 self._batches.append({"image": pixels, "text": self._samples.tokenise(captions)})
             self._samples.close()
         return iter(self._batches)
-
-
-def stream_sources(config: DataConfig) -> list[StreamSource]:
-    """The sources of a config as the stream takes them."""
-    return [StreamSource(**dict(source)) for source in config.sources]
