@@ -88,6 +88,30 @@ def read_layout(name: str) -> list[LayoutFile]:
     return files
 
 
+def shrunk(
+    name: str, *, layers: int, of: dict[int, int], special: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, torch.Tensor]:
+    """A one-file layout's tensors at other sizes: `of` gives new sizes for published ones, blocks from `layers` on go.
+
+    Numbers are random and large enough that every tensor shows in an output.
+    """
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for key, (shape, dtype, arange) in read_layout(name)[0].keys.items():
+        if next((int(part) for part in key.split(".") if part.isdigit()), 0) >= layers:
+            continue
+        size = tuple(of.get(number, number) for number in (special or {}).get(key, shape))
+        if arange:
+            tensors[key] = torch.arange(math.prod(size), dtype=dtype).reshape(size)
+            continue
+        noise = torch.randn(size, generator=generator)
+        if len(size) == 1 and key.endswith("weight"):
+            tensors[key] = 1 + 0.2 * noise.abs()
+        else:
+            tensors[key] = noise * (0.7 / math.sqrt(math.prod(size[1:])) if len(size) > 1 else 0.2)
+    return tensors
+
+
 def _add(file: LayoutFile, keys: dict[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> None:
     twice = keys.keys() & file.keys.keys()
     assert not twice, f"{file.path}: {sorted(twice)[:3]} are listed twice"

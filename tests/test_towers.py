@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 import tower_references as references
-from checkpoint_layouts import read_layout
+from checkpoint_layouts import shrunk
+from small_models import load_small, pictures, same, sentences
 from torch.nn import functional as F
 
 from biomedclip.errors import ConfigError
-from biomedclip.models.build import build_architecture, check_keys
+from biomedclip.models.build import build_architecture
 from biomedclip.models.convert import convert
 from biomedclip.models.zoo import read_model
 
@@ -32,38 +32,6 @@ def small_config(name: str, **changes) -> dict:
         else:
             config[section] = values
     return config
-
-
-def load_small(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A small model with published tensors, strictly."""
-    facts = read_model(name)
-    model = build_architecture(facts.architecture.model_copy(update={"config": config}))
-    ready, _ = convert({key: tensor.clone() for key, tensor in tensors.items()}, facts.keys.rules, name)
-    missing, extra = check_keys(model.state_dict(), ready, facts.keys, where=name, name=name)
-    assert not missing
-    assert not extra
-    model.load_state_dict(ready)
-    return model.eval()
-
-
-def sentences(vocabulary: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (3, 9) of three sentences of unequal length with [CLS] and [SEP], and their mask."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.zeros(3, 9, dtype=torch.int64)
-    for row, length in enumerate((9, 5, 3)):
-        ids[row, :length] = torch.randint(5, vocabulary, (length,), generator=generator)
-        ids[row, 0], ids[row, length - 1] = 2, 3
-    return ids, (ids != 0).long()
-
-
-def pictures(size: int, seed: int = 2) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def same(first: torch.Tensor, second: torch.Tensor) -> None:
-    assert second.abs().max() > 1e-3, "the reference gives next to nothing"
-    assert (second - second[:1]).abs().max() > 1e-4, "the reference gives every input the same"
-    torch.testing.assert_close(first, second, rtol=2e-4, atol=2e-5)
 
 
 CASES = {
@@ -155,24 +123,9 @@ def test_pmc_clip_with_and_without_the_mask_of_padding(attended):
     assert model.logit_scale.item() == pytest.approx(4.4292)
 
 
-def small_tensors(name: str, **sizes) -> dict[str, torch.Tensor]:
-    """Random tensors under the published keys of a layout, at other sizes; layers beyond `layers` left out."""
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    for key, (shape, _, _) in read_layout(name)[0].keys.items():
-        number = next((int(part) for part in key.split(".") if part.isdigit()), 0)
-        if number >= sizes["layers"]:
-            continue
-        shape = tuple(sizes["of"].get(size, size) for size in sizes["special"].get(key, shape))
-        noise = torch.randn(shape, generator=generator)
-        scaled = len(shape) == 1 and key.endswith("weight")
-        tensors[key] = 1 + 0.2 * noise.abs() if scaled else noise * 0.4 / math.sqrt(shape[-1] if len(shape) > 1 else 4)
-    return tensors
-
-
 def test_conch_is_a_vit_with_one_query_and_a_causal_text_with_a_class_token_behind():
     of = {768: 32, 512: 16, 2304: 96, 3072: 128, 1536: 48, 32007: 60, 785: 5, 128: 10}
-    tensors = small_tensors("conch", layers=2, of=of, special={})
+    tensors = shrunk("conch", layers=2, of=of, special={})
     config = {
         "embed_dim": 16,
         "vision": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 4, "pooler_heads": 2},
@@ -190,7 +143,7 @@ def test_conch_is_a_vit_with_one_query_and_a_causal_text_with_a_class_token_behi
 def test_musk_s_two_towers_are_the_two_experts_of_one_multiway_transformer():
     of = {1024: 32, 4096: 128, 64010: 60, 579: 7}
     special = {"beit3.encoder.embed_positions.B.weight": (20, 32)}
-    tensors = small_tensors("musk", layers=2, of=of, special=special)
+    tensors = shrunk("musk", layers=2, of=of, special=special)
     config = {
         "width": 32, "layers": 2, "heads": 4, "image_size": 32, "patch_size": 16, "vocab_size": 60, "positions": 20,
         "context": 9,

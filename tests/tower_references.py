@@ -414,3 +414,53 @@ def musk(
         x = x + linear(state, f"{layer}.ffn.{expert}.fc2", inner)
     first = layer_norm(state, f"beit3.encoder.layer_norm.{expert}", x, eps)[:, 0]
     return linear(state, "vision_head" if images is not None else "language_head", first)
+
+
+def clip(
+    state: Tensors, *, heads: int, quick: bool, images: torch.Tensor | None = None, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """OpenAI's CLIP from its state dict; `quick` is its approximation of GELU, x * sigmoid(1.702 x)."""
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x) if quick else F.gelu(x)
+
+    side = "visual." if images is not None else ""
+    if images is not None:
+        weight = state["visual.conv1.weight"]
+        x = F.conv2d(images, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+        x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
+        x = layer_norm(state, "visual.ln_pre", x + state["visual.positional_embedding"], 1e-5)
+        mask = torch.zeros(1)
+    else:
+        x = state["token_embedding.weight"][ids] + state["positional_embedding"]
+        mask = torch.full((x.shape[1], x.shape[1]), -math.inf).triu(1)
+    for index in range(sum(key.startswith(f"{side}transformer.") and key.endswith("in_proj_weight") for key in state)):
+        block = f"{side}transformer.resblocks.{index}"
+        normed = layer_norm(state, f"{block}.ln_1", x, 1e-5)
+        fused = F.linear(normed, state[f"{block}.attn.in_proj_weight"], state[f"{block}.attn.in_proj_bias"])
+        x = x + linear(state, f"{block}.attn.out_proj", attend(*fused.chunk(3, -1), heads, mask))
+        inner = gelu(linear(state, f"{block}.mlp.c_fc", layer_norm(state, f"{block}.ln_2", x, 1e-5)))
+        x = x + linear(state, f"{block}.mlp.c_proj", inner)
+    if images is not None:
+        return layer_norm(state, "visual.ln_post", x[:, 0], 1e-5) @ state["visual.proj"]
+    x = layer_norm(state, "ln_final", x, 1e-5)
+    return x[torch.arange(len(x)), ids.argmax(-1)] @ state["text_projection"]
+
+
+def biomed_text(state: Tensors, ids: torch.Tensor, *, prefix: str, heads: int) -> torch.Tensor:
+    """BiomedCLIP's and UniMed-CLIP's text side: [CLS] of a BERT under its mask, Linear, GELU, Linear."""
+    held = {
+        k.removeprefix(f"{prefix}transformer."): v for k, v in state.items() if k.startswith(f"{prefix}transformer.")
+    }
+    vocabulary, width = held["embeddings.word_embeddings.weight"].shape
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=width, num_attention_heads=heads,
+        num_hidden_layers=sum(key.endswith("attention.self.query.weight") for key in held),
+        intermediate_size=held["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        max_position_embeddings=len(held["embeddings.position_embeddings.weight"]),
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    held.pop("embeddings.position_ids", None)
+    model.load_state_dict(held)
+    first = model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, 0]
+    return F.gelu(first @ state[f"{prefix}proj.0.weight"].T) @ state[f"{prefix}proj.2.weight"].T
