@@ -18,8 +18,8 @@ from biomedclip import __version__
 from biomedclip.continual_commands import add_continual_commands
 from biomedclip.data_commands import data_app
 from biomedclip.errors import BiomedclipError, ConfigError, MissingExtra
-from biomedclip.train_commands import runs_app
 from biomedclip.model_commands import models_app
+from biomedclip.train_commands import runs_app
 
 app = typer.Typer(
     name="biomedclip",

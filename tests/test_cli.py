@@ -13,7 +13,18 @@ COMMANDS = typer.main.get_command(cli.app).commands
 OPTIONS = {
     "demo": {"--out", "--set"},
     "build": {"config", "--out", "--set", "--print-config"},
-    "train": {"config", "--out", "--set", "--resume", "--print-config"},
+    "train": {
+        "config",
+        "--out",
+        "--set",
+        "--resume",
+        "--allow-plan-change",
+        "--dry-run",
+        "--json",
+        "--samples-s",
+        "--print-config",
+    },
+    "runs": set(),
     "evaluate": {"config", "--out", "--set", "--print-config"},
     "wise": {"run", "--out", "--alpha", "--start"},
     "forgetting": {"runs"},
@@ -58,6 +69,12 @@ MODEL_OPTIONS = {
     "export": {"source", "--out", "--format", "--checkpoint", "--push", "--private", "--trust-pickle"},
     "card": {"target", "--out", "--notes", "--results"},
 }
+
+
+def test_the_commands_about_runs_and_their_options_are_frozen():
+    found = COMMANDS["runs"].commands
+    options = {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()}
+    assert options == {"seen": {"run", "--step", "--article", "--key", "--json"}}
 
 
 def test_the_commands_about_models_and_their_options_are_frozen():

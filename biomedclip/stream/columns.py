@@ -126,6 +126,20 @@ class ShardIndex:
             held = self._hold(shard)
         return held[name][row - self._bounds[shard]].as_py()
 
+    def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the given rows, in their order."""
+        import pyarrow as pa
+
+        order = np.argsort(rows, kind="stable")
+        shards = np.searchsorted(self.bounds, rows[order], side="right") - 1
+        parts = [
+            self.read(shard, columns).take(pa.array(rows[order][shards == shard] - self._bounds[shard]))
+            for shard in np.unique(shards).tolist()
+        ]
+        places = np.empty(len(rows), dtype=np.int64)
+        places[order] = np.arange(len(rows))
+        return pa.concat_tables(parts).take(pa.array(places)) if parts else self.schema.empty_table().select(columns)
+
     def kin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) ids of the article and of the first caption of each row, -1 where they are not known."""
         articles, captions = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), -1, dtype=np.int64)

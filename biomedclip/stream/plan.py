@@ -129,6 +129,24 @@ class Plan:
         epoch, place = self.members[source].locate(ordinal)
         return epoch + place / max(self.members[source].before(epoch + 1) - self.members[source].before(epoch), 1)
 
+    def distinct_before(self, step: int, source: int) -> int:
+        """Different rows of a source in the batches before `step`."""
+        members, order = self.members[source], self._orders[source]
+        epoch, place = members.locate(int(self.mixture.before(step)[source]))
+        if self.sources[source].caps is None and self.sources[source].keep is None:
+            return len(self.sources[source]) if epoch else place
+        seen = np.zeros(len(self.sources[source]), dtype=np.bool_)
+        for earlier in range(epoch):
+            seen[np.asarray(members.rows(earlier))] = True
+            if seen.all():
+                return len(seen)
+        done = 0
+        while done < place:
+            rows = order.rows(epoch, done, place - done)
+            seen[rows] = True
+            done += len(rows)
+        return int(seen.sum())
+
     def steps_of(self, source: int, row: int, until: int) -> list[tuple[int, int]]:
         """(step, epoch) of each time that a batch before step `until` holds the row, ascending."""
         found: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -139,9 +139,15 @@ class Rows:
 
 
 def read_rows(
-    sources: Sequence[StreamSource], size_exponent: float, fetcher: FetcherHere
+    sources: Sequence[StreamSource],
+    size_exponent: float,
+    fetcher: FetcherHere,
+    *,
+    withdrawn: Mapping[str, frozenset[str]] | None = None,
 ) -> tuple[list[Rows], list[PlanSource], list[str]]:
     """The samples of a mixture, the plan's view of them, and the names of the label ids.
+
+    `withdrawn` are the keys taken back from each source when a plan was made, to make it again after others were.
 
     A balanced source becomes one plan source per class, or per distinct class weight. A label's id is its place among
     all `source: label` names, so that two sets with a class `normal` do not share it. Raises DataError for a missing
@@ -152,6 +158,11 @@ def read_rows(
         raise ConfigError("data.sources", "two sources have one name", found=", ".join(names), todo="rename one")
     opened = fetcher.open()
     places = [find_place(source, opened) for source in sources]
+    if withdrawn is not None:
+        places = [
+            replace(place, withdrawn=withdrawn.get(source.name, frozenset()))
+            for source, place in zip(sources, places, strict=True)
+        ]
     selections = [
         select_rows(place, source.name, source.choice, opened.config.folder)
         for source, place in zip(sources, places, strict=True)
@@ -199,8 +210,13 @@ def bounds_of(index: ShardIndex, rows: RowNumbers) -> np.ndarray:
     return found
 
 
+def index_rows(rows: RowNumbers, places: np.ndarray) -> np.ndarray:
+    """(N,) rows of the index at places among the chosen rows."""
+    return places + rows.start if isinstance(rows, range) else rows[places]
+
+
 def _kin_of(index: ShardIndex, rows: RowNumbers, places: np.ndarray) -> Kin:
-    return index.kin(places + rows.start if isinstance(rows, range) else rows[places])
+    return index.kin(index_rows(rows, places))
 
 
 def _read_keep(source: StreamSource, place: Place, selection: Selection, fetcher: FetcherHere) -> np.ndarray | None:
