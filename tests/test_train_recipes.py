@@ -1,0 +1,70 @@
+"""The recipes: every file loads, says where its numbers come from, and the smallest one runs."""
+
+import re
+
+import pytest
+from synthetic_shards import write_colours
+
+from biomedclip.config import config_file, load_config
+from biomedclip.training.config import TrainConfig
+
+NAMES = (
+    "biomedclip", "bmca-full", "bmca-cf", "bmca-cb", "unimed-b16", "pubmedclip", "longclip", "modx", "vr-lwf", "zscl",
+    "replay", "smoke", "demo",
+)  # fmt: skip
+PATHS = {name: config_file(f"train/{name}.yaml") for name in NAMES}
+
+
+def test_these_are_all_recipes():
+    assert {path.stem for path in PATHS["demo"].parent.glob("*.yaml")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_and_its_command_names_it(name):
+    config = load_config(PATHS[name], TrainConfig)
+    assert config.max_steps > 0
+    text = PATHS[name].read_text()
+    assert f"configs/train/{name}.yaml" in text
+    assert re.search(r"^# hardware:", text, re.M)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("demo", "smoke")])
+def test_a_recipe_says_where_each_number_comes_from(name):
+    text = PATHS[name].read_text()
+    assert "arXiv" in text
+    for key in ("batch_size", "max_steps", "optim", "schedule"):
+        start = re.search(rf"^{key}:", text, re.M).start()
+        line = text[start:].splitlines()[0]
+        before = text[:start].splitlines()[-1]
+        words = r"paper|code|scripts|model card|ours|ZSCL|TiC-CLIP"
+        assert re.search(words, line.partition("#")[2] + before), f"{name}: {line}"
+
+
+def test_numbers_that_follow_from_a_papers_epochs_are_what_they_say():
+    steps = {name: load_config(PATHS[name], TrainConfig) for name in ("bmca-full", "bmca-cf", "bmca-cb", "longclip")}
+    assert steps["bmca-full"].max_steps == round(9 * 24_076_288 / 8192)
+    assert steps["bmca-cf"].max_steps == round(36 * 6_000_000 / 8192)
+    assert steps["bmca-cb"].max_steps == round(27 * 8_000_000 / 8192)
+    assert abs(steps["longclip"].max_steps - 6 * 1_000_000 / 2048) < 1
+    assert load_config(PATHS["unimed-b16"], TrainConfig).max_steps == round(10 * 5_280_000 / 8192)
+
+
+def test_recipes_name_models_that_exist():
+    from biomedclip.models.load import find_origin
+    from biomedclip.models.zoo import find_model
+
+    for name in NAMES:
+        model = load_config(PATHS[name], TrainConfig).model
+        if find_model(model.name) is None:
+            find_origin(model.name, random_init=model.init == "random")
+
+
+def test_the_smoke_recipe_runs_and_leaves_everything(tmp_path):
+    from biomedclip.training.train import train
+
+    write_colours(tmp_path / "colours")
+    config = load_config(PATHS["smoke"], TrainConfig, [f"data.sources.0.path={tmp_path / 'colours'}"])
+    run = train(config, tmp_path / "run")
+    assert run.steps == 4
+    found = {path.name for path in run.folder.iterdir()}
+    assert {"start", "final", "ema", "ensemble", "checkpoints", "metrics.csv", "done.json"} <= found
