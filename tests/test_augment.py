@@ -88,6 +88,19 @@ def test_a_view_beyond_the_picture_shows_its_edge_and_no_black():
                 assert np.abs(pixels.astype(int) - [200, 180, 160]).max() <= 1
 
 
+def test_beyond_tissue_there_is_more_tissue():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for size_px in (30, 200):
+        for turn in (0.0, 10.0):
+            flat = {}
+            for beyond in ("edge", "mirror"):
+                change = Augmentation(area=(1.6, 1.6), turn_deg=turn, beyond=beyond)
+                views = [draw((0, "k", epoch), change, noise, size_px=size_px).astype(float) for epoch in range(8)]
+                # Edges that are drawn out make lines: of the pixels next to each other many are nearly equal.
+                flat[beyond] = min(np.mean(np.abs(np.diff(view, axis=1)) < 0.5) for view in views)
+            assert flat["mirror"] < flat["edge"], (size_px, turn)
+
+
 def test_a_view_is_where_its_box_says():
     # A picture whose red is its column and green its row tells where each pixel of a view came from.
     rows, columns = np.mgrid[0:200, 0:200]

@@ -31,6 +31,7 @@ _ALIASES_FROM = 1.5
 """Views this many times larger than the square are shrunk by area before they are turned."""
 _SMALL = 0.7
 """Smaller views than this share of the square are cut between pixels: a 28 px picture has few whole ones to choose."""
+_BEYOND = {"edge": cv2.BORDER_REPLICATE, "mirror": cv2.BORDER_REFLECT}
 _DEGREE = 3
 _GRAIN_ROOM_PX = 128
 
@@ -55,7 +56,7 @@ def augment(
     view = _view(picture.shape[1], picture.shape[0], geometry.resize_mode, change, draws)
     turn = _signed(change.turn_deg, draws) * (next(draws) < 0.5)
     quarter, flipped, mirrored = int(next(draws) * 4), next(draws) < 0.5, next(draws) < 0.5
-    pixels = _see(picture, view, turn, geometry)
+    pixels = _see(picture, view, turn, geometry, _BEYOND[change.beyond])
     pixels = _stain(pixels, change, draws)
     pixels = _recolour(pixels, change, draws)
     pixels = _degrade(pixels, change, draws)
@@ -96,8 +97,8 @@ def _view(width: int, height: int, mode: ResizeMode, change: Augmentation, draws
     return left, top, left + seen_wide, top + seen_high
 
 
-def _see(picture: np.ndarray, view: Box, turn: float, geometry: Geometry) -> np.ndarray:
-    """The view as the model's square; beyond the picture its edge goes on.
+def _see(picture: np.ndarray, view: Box, turn: float, geometry: Geometry, beyond: int) -> np.ndarray:
+    """The view as the model's square; beyond the picture its edge or its mirror image goes on.
 
     Black there would tell the model that this is a training picture. `longest` keeps the view's proportions and pads
     with black, as it does for whole pictures; the other two modes squash it.
@@ -108,16 +109,16 @@ def _see(picture: np.ndarray, view: Box, turn: float, geometry: Geometry) -> np.
     if geometry.resize_mode == "longest":
         out = (max(round(size * wide / max(wide, high)), 1), max(round(size * high / max(wide, high)), 1))
     if turn or max(wide / out[0], high / out[1]) < _SMALL:
-        pixels = _warp(picture, view, turn, out, geometry)
+        pixels = _warp(picture, view, turn, out, geometry, beyond)
     else:
-        pixels = _cut(picture, view, out, geometry)
+        pixels = _cut(picture, view, out, geometry, beyond)
     if out == (size, size):
         return pixels
     left, top = (size - out[0]) // 2, (size - out[1]) // 2
     return cv2.copyMakeBorder(pixels, top, size - out[1] - top, left, size - out[0] - left, cv2.BORDER_CONSTANT)
 
 
-def _cut(picture: np.ndarray, view: Box, out: tuple[int, int], geometry: Geometry) -> np.ndarray:
+def _cut(picture: np.ndarray, view: Box, out: tuple[int, int], geometry: Geometry, beyond: int) -> np.ndarray:
     """The view, its edges on whole pixels, as (out[1], out[0], 3)."""
     (rows, above, below), (columns, before, after) = (
         _clip(view[1], view[3], picture.shape[0], out[1]),
@@ -128,7 +129,7 @@ def _cut(picture: np.ndarray, view: Box, out: tuple[int, int], geometry: Geometr
     shrinks = inside.shape[1] >= size[0] and inside.shape[0] >= size[1]
     pixels = cv2.resize(inside, size, interpolation=cv2.INTER_AREA if shrinks else _enlarging(geometry))
     if above or below or before or after:
-        return cv2.copyMakeBorder(pixels, above, below, before, after, cv2.BORDER_REPLICATE)
+        return cv2.copyMakeBorder(pixels, above, below, before, after, beyond)
     return pixels
 
 
@@ -144,7 +145,9 @@ def _clip(start: float, stop: float, length: int, out: int) -> tuple[slice, int,
     return slice(first, last), before, after
 
 
-def _warp(picture: np.ndarray, view: Box, turn: float, out: tuple[int, int], geometry: Geometry) -> np.ndarray:
+def _warp(
+    picture: np.ndarray, view: Box, turn: float, out: tuple[int, int], geometry: Geometry, beyond: int
+) -> np.ndarray:
     """The view turned by `turn` degrees around its middle, between pixels, as (out[1], out[0], 3)."""
     left, top, right, bottom = view
     scale_x, scale_y = (right - left) / out[0], (bottom - top) / out[1]
@@ -161,7 +164,7 @@ def _warp(picture: np.ndarray, view: Box, turn: float, out: tuple[int, int], geo
     middle = np.array([out[0] / 2 - 0.5, out[1] / 2 - 0.5])
     matrix[:, 2] = [(left + right) / 2 - 0.5, (top + bottom) / 2 - 0.5] - matrix[:, :2] @ middle
     how = _enlarging(geometry) if max(scale_x, scale_y) < 1 else cv2.INTER_LINEAR
-    return cv2.warpAffine(picture, matrix, out, flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(picture, matrix, out, flags=how | cv2.WARP_INVERSE_MAP, borderMode=beyond)
 
 
 def _enlarging(geometry: Geometry) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -45,6 +45,8 @@ class Augmentation(Config):
     area: Range = (1.0, 1.0)
     """Area that is seen, as a share of the picture's. Ranges centred on 1 keep whole pictures, which is what
     evaluation shows, in the middle of what was trained on; with crops alone they lie at its far end."""
+    beyond: Literal["edge", "mirror"] = "edge"
+    """What a view shows that reaches beyond the picture: its edge drawn out, or its mirror image, for tissue."""
     aspect: Annotated[float, Field(ge=1)] = 1.0
     """The seen part is up to this much wider or taller than the picture."""
     turn_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
