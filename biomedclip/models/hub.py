@@ -128,7 +128,7 @@ def fetch_hub_file(
             todo="check the name; where it is private run: hf auth login",
         ) from None  # fmt: skip
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        asked = local_files_only or os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True", "ON", "YES")
+        asked = local_files_only or _is_offline()
         reason = "is not in the local cache, and nothing may be downloaded" if asked else (
             "is not in the local cache, and the Hub does not answer")  # fmt: skip
         raise NotCached(
@@ -151,7 +151,7 @@ def fetch_url(url: str, name: str, where: str, *, local_files_only: bool = False
     target, part = folder / name, folder / f"{name}.part"
     if target.exists():
         return target
-    if local_files_only or os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True", "ON", "YES"):
+    if local_files_only or _is_offline():
         raise NotCached(where, f"{name} is not in the local cache, and nothing may be downloaded", found=url,
                               todo=f"run with access to the network: biomedclip models pull {where}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,6 +185,13 @@ def copy_file(source: Path, target: Path) -> Path:
         while chunk := file.read(1 << 22):
             out.write(chunk)
     return target
+
+
+def _is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids requests; it holds for plain addresses as well."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _total_size(headers: Any, have: int) -> int | None:
