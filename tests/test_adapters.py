@@ -201,7 +201,7 @@ def test_lpp_never_raises_its_loss_and_ends_at_the_convex_optimum():
         return -np.log(p[np.arange(60), TRAIN.y]).mean()
 
     losses = [loss_of(weights) for _, weights in descend(TRAIN, TEXT, 10.0, tuple(range(200)))]
-    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(losses))
     start = next(w for _, w in descend(TRAIN, TEXT, 10.0, (0,)))
     assert start == pytest.approx(TRAIN.class_means() + 10 * TEXT, rel=1e-5)
     # v alone can express every linear classifier, so the optimum is that of the unpenalised probe.

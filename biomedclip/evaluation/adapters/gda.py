@@ -56,8 +56,9 @@ def discriminant(features: Features) -> tuple[Wide, Wide]:
     means = features.class_means()
     centred = np.asarray(features.vectors, dtype=np.float64) - means[features.y]
     covariance = centred.T @ centred / max(1, len(centred) - 1)
-    weights = np.asarray(np.linalg.lstsq(shrink(covariance, len(centred)), means.T, rcond=None)[0].T, np.float64)
-    return weights, np.log(1 / features.num_classes) - (means * weights).sum(1) / 2
+    weights = np.asarray(np.linalg.solve(shrink(covariance, len(centred)), means.T).T, dtype=np.float64)
+    bias = np.log(1 / features.num_classes) - (means * weights).sum(1) / 2
+    return weights, np.asarray(bias, dtype=np.float64)
 
 
 def shrink(covariance: Wide, num_samples: int) -> Wide:

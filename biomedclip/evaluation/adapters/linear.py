@@ -7,8 +7,9 @@ shots, so C is swept over a grid, from strong to weak, each fit starting where t
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ GRID = tuple(float(10.0**power) for power in np.linspace(-3, 5, 9))
 
 def fit_linear(
     support: Features, selection: Selection, *, grid: tuple[float, ...] = GRID, balanced: bool = False,
-    max_iter: int = 800, **_: Any,
+    max_iter: int = 200, **_: Any,
 ) -> Adapted:  # fmt: skip
     """Logits f . W + b at the C of `grid` that the selection chooses; `balanced` weighs classes by 1 / n_c.
 
@@ -32,16 +33,20 @@ def fit_linear(
     if len(np.unique(support.y)) < 2:
         raise DataError(support.split, "has samples of one class only, which no boundary can be learnt from")
 
+    fitted: dict[float, Any] = {}
+
     def candidates(train: Features, held_out: Features) -> Iterator[tuple[Params, Logits]]:
-        model = None
-        for strength in sorted(grid):
-            model = _fit(train, strength, balanced, max_iter, model)
+        for strength, model in _sweep(train, sorted(grid), balanced, max_iter):
+            if train is support:
+                fitted[strength] = copy.deepcopy(model)
             yield {"C": strength}, _logits(model, held_out.vectors, train.num_classes)
 
     choice = selection.choose(support, candidates)
-    final = None
-    for strength in (c for c in sorted(grid) if c <= choice.hparams["C"]):
-        final = _fit(support, strength, balanced, max_iter, final)
+    chosen = choice.hparams["C"]
+    if chosen not in fitted:
+        weaker = [c for c in sorted(grid) if c <= chosen]
+        fitted.update(_sweep(support, weaker, balanced, max_iter))
+    final = fitted[chosen]
     return Adapted(method="linear_probe", logits=lambda v: _logits(final, v, support.num_classes), choice=choice)
 
 
@@ -50,21 +55,23 @@ def conch_strength(num_dimensions: int, num_classes: int) -> float:
     return num_dimensions * num_classes / 100
 
 
-def _fit(train: Features, strength: float, balanced: bool, max_iter: int, start: Any) -> Any:
+def _sweep(train: Features, strengths: Sequence[float], balanced: bool, max_iter: int) -> Iterator[tuple[float, Any]]:
+    """(C, model) from strong to weak; it is one model, which the next fit goes on with."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    if start is None:
-        start = LogisticRegression(warm_start=True, max_iter=max_iter, class_weight="balanced" if balanced else None)
-    start.set_params(C=strength)
-    with warnings.catch_warnings():
-        # The end of a weak penalty's valley is flat; what was reached is judged on held-out samples anyway.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return start.fit(np.asarray(train.vectors, dtype=np.float64), train.y)
+    model = LogisticRegression(warm_start=True, max_iter=max_iter, class_weight="balanced" if balanced else None)
+    for strength in strengths:
+        model.set_params(C=strength)
+        with warnings.catch_warnings():
+            # The end of a weak penalty's valley is flat; what was reached is judged on held-out samples anyway.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(np.asarray(train.vectors, dtype=np.float32), train.y)
+        yield strength, model
 
 
 def _logits(model: Any, vectors: Vectors, num_classes: int) -> Logits:
-    values = model.decision_function(np.asarray(vectors, dtype=np.float64))
+    values = model.decision_function(np.asarray(vectors, dtype=np.float32))
     if values.ndim == 1:  # two classes: one margin
         values = np.stack([np.zeros(len(values)), values], axis=1)
     full = np.full((len(values), num_classes), -np.inf)

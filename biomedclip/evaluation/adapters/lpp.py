@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from biomedclip.evaluation.adapters.features import Adapted, Features, Logits, Params, Selection, Vectors
 from biomedclip.evaluation.metrics import softmax
 
-STEPS = (0, 10, 30, 100, 300, 1000)
+STEPS = (0, 10, 30, 100, 300)
 Wide = NDArray[np.float64]
 
 
@@ -29,28 +29,37 @@ def fit_lpp(
 ) -> Adapted:  # fmt: skip
     """LP++ after the number of steps that the selection chooses. Raises DataError for a class without a sample."""
 
+    fitted: dict[int, Wide] = {}
+
     def candidates(train: Features, held_out: Features) -> Iterator[tuple[Params, Logits]]:
         for taken, weights in descend(train, text, logit_scale, steps):
+            if train is support:
+                fitted[taken] = weights
             yield {"steps": taken}, np.asarray(held_out.vectors, dtype=np.float64) @ weights.T
 
     choice = selection.choose(support, candidates)
     chosen = choice.hparams["steps"]
-    weights = next(w for taken, w in descend(support, text, logit_scale, (chosen,)) if taken == chosen)
+    if chosen not in fitted:
+        fitted.update(descend(support, text, logit_scale, (chosen,)))
+    weights = fitted[chosen]
     return Adapted(method="lp++", logits=lambda v: np.asarray(v, dtype=np.float64) @ weights.T, choice=choice)
 
 
 def descend(support: Features, text: Vectors, logit_scale: float, steps: tuple[int, ...]) -> Iterator[tuple[int, Wide]]:
     """(steps taken, weights v + a w (C, D)) at each number of steps asked for."""
-    f, w = np.asarray(support.vectors, dtype=np.float64), np.asarray(text, dtype=np.float64)
+    # float32 is half the memory to walk through at each step; the weights themselves add up in float64.
+    f, w = np.asarray(support.vectors, dtype=np.float32), np.asarray(text, dtype=np.float64)
     target, count = support.one_hot().astype(np.float64), len(f)
     prototypes, blend = support.class_means(), np.full(len(w), logit_scale)
-    cosines = f @ w.T
+    cosines = f.astype(np.float64) @ w.T
     bound_v = float(np.linalg.eigvalsh(f.T @ f / count if f.shape[1] <= count else f @ f.T / count)[-1]) / 2
     bound_a = np.maximum((cosines**2).mean(0) / 2, 1e-12)
     for taken in range(max(steps) + 1):
         if taken in steps:
             yield taken, prototypes + blend[:, None] * w
-        error = (softmax(f @ prototypes.T + blend * cosines) - target) / count
-        prototypes = prototypes - error.T @ f / bound_v
-        error = (softmax(f @ prototypes.T + blend * cosines) - target) / count
+        margins = f @ prototypes.astype(np.float32).T
+        error = (softmax(margins + blend * cosines) - target) / count
+        prototypes = prototypes - (error.astype(np.float32).T @ f) / bound_v
+        margins = f @ prototypes.astype(np.float32).T
+        error = (softmax(margins + blend * cosines) - target) / count
         blend = blend - (error * cosines).sum(0) / bound_a
