@@ -217,9 +217,14 @@ def _load_weights(model: nn.Module, parts: Parts, trust_pickle: bool) -> LoadRep
     missing, extra = check_keys(expected, tensors, parts.keys, where=where, name=parts.where)
     ready = {key: tensors[key].to(expected[key].dtype) for key in expected if key in tensors}
     model.load_state_dict(ready, strict=False, assign=True)
-    left = [name for name, value in model.named_parameters() if value.device.type == "meta"]
+    for module in model.modules():
+        # timm's Swin computes masks on the device of a parameter, which was meta when it did.
+        compute: Any = getattr(module, "init_non_persistent_buffers", None)
+        if compute is not None and any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            compute()
+    left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     if left:
-        raise CheckpointError(where, f"{len(left)} parameters have no value", found=left[0], todo="report it to us")
+        raise CheckpointError(where, f"{len(left)} tensors have no value", found=left[0], todo="report it to us")
     return LoadReport(
         name=parts.where, revision=parts.revision, files=tuple(parts.weights), renamed=changes.renamed,
         dropped=tuple(changes.dropped), filled=tuple(changes.filled), missing=tuple(missing), extra=tuple(extra),
