@@ -188,6 +188,22 @@ def test_an_embedding_does_not_depend_on_its_neighbours(name):
             torch.testing.assert_close(alone, texts[row], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["keep", "retizero", "biovil"])
+def test_half_precision_changes_little(name):
+    _, size, changes = CASES[name]
+    torch.manual_seed(0)
+    config = small_config(name, **changes)
+    model = build_architecture(read_model(name).architecture.model_copy(update={"config": config})).eval()
+    images, (ids, _) = pictures(size), sentences()
+    with torch.no_grad():
+        image, text = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
+        half = model.to(torch.bfloat16)
+        found = half.encode_image(images.bfloat16(), normalize=True), half.encode_text(ids, normalize=True)
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    assert (found[0].float() * image).sum(-1).min() > 0.99
+    assert (found[1].float() * text).sum(-1).min() > 0.99
+
+
 def test_a_model_of_our_towers_trains_locks_and_checkpoints_like_open_clip_s():
     _, size, changes = CASES["keep"]
     config = small_config("keep", **changes)
