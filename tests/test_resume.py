@@ -252,3 +252,41 @@ def test_batches_are_shared_memory_in_readers_and_ordinary_tensors_here(folders)
     assert there["image"].is_shared()
     assert there["image"].is_contiguous()
     assert torch.equal(here["image"], there["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_reading_process_is_the_error_a_user_reads(tmp_path, workers):
+    folders = write_colours(tmp_path / "colours"), write_articles(tmp_path / "articles")
+    loader = StreamLoader(make_samples(folders), max_steps=3, workers=workers)
+    (folders[1] / "00000.tar").unlink()
+    with pytest.raises(DataError, match="8 samples in a row cannot be read"):
+        list(loader)
+
+
+DEAD_READER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_loader import make_samples
+from biomedclip.errors import DataError
+from biomedclip.stream.loader import StreamLoader
+
+root = Path({root!r})
+batches = iter(StreamLoader(make_samples((root / "colours", root / "articles")), max_steps=4000, workers=1))
+next(batches)
+children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
+try:
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    list(batches)
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.fault
+def test_a_reading_process_that_is_killed_ends_the_run_with_advice(tmp_path, folders):
+    script = DEAD_READER.format(tests=str(Path(__file__).parent), root=str(folders[0].parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    # torch raises in whatever runs when the signal comes; within our code a user reads what to do.
+    assert "a reading process died" in done.stdout or "is killed by signal" in done.stderr

@@ -1,4 +1,4 @@
-"""The loader in other people's loops, resumed at the exact batch: Lightning's Trainer, in one process and two; Fabric."""
+"""The loader in other loops, resumed at the exact batch: Lightning's Trainer, in one process and two, and Fabric."""
 
 import hashlib
 import json

@@ -26,14 +26,14 @@ class Unreadable:
 
     step: int
     slot: int
-    """Its place in the whole batch, over all processes."""
+    """Its place in the whole batch, over all processes; -1 where its source has no index."""
     source: str
     key: str
     reason: str
     """A word; `passed_over` samples keep the reason of the first time."""
     detail: str
     part: int
-    """Number of the plan's source; with `row` its name in the plan."""
+    """Number of the plan's source, -1 for none; with `row` its name in the plan."""
     row: int
     substitute: str
     """Key of the sample that was shown instead."""
@@ -67,7 +67,7 @@ class Ledger:
                 write_text(path, "".join(_line(entry, plan) for entry, plan in kept))
             for entry, plan in kept:
                 self.counts[entry.source, entry.reason] += 1
-                if plan == self.plan_sha256:  # rows of another plan are other samples
+                if plan == self.plan_sha256 and entry.part >= 0:  # rows of another plan are other samples
                     self.known[entry.part, entry.row] = (entry.reason, entry.detail)
         self.own = self.counts.total() / self.world_size
 

@@ -3,23 +3,26 @@
 Takes `biomedclip.stream.samples`, yields their batches step by step, whatever the number of reading processes. The
 state is the number of batches delivered to the caller and the plan's identity, so it is the same on every process of a
 run, and a checkpoint that holds only the first process's is complete. A reader may have read further, but what was not
-delivered is read again.
+delivered is read again. Parts of batches that come from sources without an index are joined to the planned ones; for
+them the promise does not hold, which is the first thing the loader has to say.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from biomedclip.errors import ConfigError, DataError
+from biomedclip.errors import BiomedclipError, ConfigError, DataError
+from biomedclip.files import sha256_json
 from biomedclip.stream.ledger import Ledger, Unreadable
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import StreamSource
 from biomedclip.stream.samples import MAX_ATTEMPTS, Samples
+from biomedclip.stream.unindexed import UnindexedSamples, join_batches
 
 __all__ = ["Samples", "StreamLoader", "StreamSource"]
 
@@ -34,8 +37,17 @@ class StreamLoader:
     an uninterrupted run would have given next.
     """
 
-    def __init__(self, samples: Samples, *, max_steps: int, workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        max_steps: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+        unindexed: UnindexedSamples | None = None,
+    ) -> None:
         self.samples, self.max_steps, self.workers, self.pin_memory = samples, max_steps, workers, pin_memory
+        self.unindexed = unindexed
         samples.max_steps = max_steps
         self.delivered = 0
         self.ledger = Ledger()
@@ -47,6 +59,8 @@ class StreamLoader:
         self.on_notice: Callable[[str], None] | None = None
         for place in {rows.source.name: rows.place for rows in samples.rows}.values():
             self._note(place.notice)
+        for source in unindexed.sources if unindexed else ():
+            self._note(source.notice)
 
     def __len__(self) -> int:
         return self.max_steps
@@ -59,16 +73,26 @@ class StreamLoader:
                                  world_size=samples.world_size)  # fmt: skip
             self.ledger.rewind(self.delivered)
         samples.passed_over = self.ledger.known
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            samples, batch_size=None, sampler=range(self.delivered, self.max_steps), num_workers=self.workers,
-            prefetch_factor=PREFETCH if self.workers else None, collate_fn=_as_it_is, pin_memory=self.pin_memory,
-        )  # fmt: skip
-        for batch in loader:
+        for batch in self._batches():
             self._note(batch.pop("notice"))
             self._count(batch.pop("bad"), len(batch["key"]))
             # Counted before it is handed over: a state taken while the caller works on it includes it.
             self.delivered += 1
             yield batch
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Batches from the next step on, with the reading processes' notes."""
+        settings: dict[str, Any] = dict(
+            batch_size=None, num_workers=self.workers, prefetch_factor=PREFETCH if self.workers else None,
+            collate_fn=_as_it_is, pin_memory=self.pin_memory,
+        )  # fmt: skip
+        steps = range(self.delivered, self.max_steps)
+        planned: DataLoader[Any] = DataLoader(_Caught(self.samples), sampler=steps, **settings)
+        if self.unindexed is None:
+            return _raise_caught(planned)
+        self.unindexed.first_step, self.unindexed.max_steps = self.delivered, self.max_steps
+        other: DataLoader[Any] = DataLoader(_CaughtStream(self.unindexed), **settings)
+        return map(join_batches, _raise_caught(planned), _raise_caught(other))
 
     def state_dict(self) -> dict[str, Any]:
         """Batches delivered, and the identity of the plan they came from."""
@@ -103,7 +127,8 @@ class StreamLoader:
     @property
     def plan_sha256(self) -> str:
         """Identity of the plan that is read."""
-        return self.samples.plan.sha256
+        plan = self.samples.plan.sha256
+        return sha256_json([plan, self.unindexed.sha256]) if self.unindexed else plan
 
     def _note(self, notice: str | None) -> None:
         if notice and notice not in self.notices:
@@ -130,5 +155,46 @@ class StreamLoader:
             )  # fmt: skip
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+class _Caught(Dataset[Any]):
+    """Samples whose errors are handed over as values: of those that a reading process raises torch makes others."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, step: int) -> dict[str, Any] | BiomedclipError:
+        try:
+            return self.samples[step]
+        except BiomedclipError as error:
+            return error
+
+
+class _CaughtStream(IterableDataset[Any]):
+    """The same for a stream."""
+
+    def __init__(self, samples: UnindexedSamples) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[dict[str, Any] | BiomedclipError]:
+        try:
+            yield from self.samples
+        except BiomedclipError as error:
+            yield error
+
+
+def _raise_caught(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in batches:
+            if isinstance(batch, BiomedclipError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "data.workers", "a reading process died", found=str(error).partition("\n")[0][:200],
+            todo="resume the run; if memory ran out, lower data.workers or data.cache_mb",
+        ) from None  # fmt: skip
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -143,7 +143,7 @@ class Samples(Dataset[dict[str, Any]]):
 
     def _read(self, step: int, place: int, wanted: Pick, bad: list[Unreadable]) -> tuple[Pick, np.ndarray, str]:
         """The picked sample or the first readable substitute; each one that failed is added to `bad`."""
-        pick, failed = wanted, []
+        pick, failed = wanted, list[tuple[Pick, tuple[str, str]]]()
         for attempt in range(MAX_ATTEMPTS):
             fault = self.passed_over.get((pick.source, pick.row))
             if fault is None:
@@ -155,8 +155,10 @@ class Samples(Dataset[dict[str, Any]]):
                     fault = (getattr(error, "reason", BrokenImage.reason), str(error))
                 else:
                     slot, shown = self.rank + place * self.world_size, self._key(pick)
-                    bad += [Unreadable(step, slot, self.rows[p.source].source.name, self._key(p), *why, p.source, p.row,
-                                       shown) for p, why in failed]  # fmt: skip
+                    for missed, (reason, detail) in failed:
+                        source = self.rows[missed.source].source.name
+                        bad.append(Unreadable(step, slot, source, self._key(missed), reason, detail, missed.source,
+                                              missed.row, shown))  # fmt: skip
                     return pick, image, caption
             failed.append((pick, fault))
             pick = self.plan.substitute(wanted, attempt)
@@ -257,11 +259,12 @@ class Samples(Dataset[dict[str, Any]]):
 
 def _empty_pixels(count: int, size_px: int) -> torch.Tensor:
     """(B, 3, H, W) uint8, in shared memory within a reading process: what torch would do later, by a copy."""
-    shape = (count, 3, size_px, size_px)
+    shape = torch.Size((count, 3, size_px, size_px))
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count * 3 * size_px * size_px)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    storage = torch.UntypedStorage._new_shared(shape.numel())
+    strides = (3 * size_px * size_px, size_px * size_px, size_px, 1)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
 
 
 def _by_source(picks: Sequence[Pick]) -> dict[int, list[int]]:
