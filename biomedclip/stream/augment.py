@@ -189,7 +189,8 @@ def jitter_stains(pixels: np.ndarray, strengths: list[float], shifts: list[float
     shift = np.array(shifts) @ STAINS
     absorbance = cv2.transform(cv2.LUT(pixels, _ABSORBANCE), np.hstack([linear.T, shift[:, None]]))
     light = cv2.exp(absorbance * np.float32(-1)) * np.float32(256)
-    return cv2.add(light, (-1.0, -1.0, -1.0, 0.0), dtype=cv2.CV_8U)
+    jittered: np.ndarray = cv2.add(light, np.array([-1.0, -1.0, -1.0, 0.0]), dtype=cv2.CV_8U)
+    return jittered
 
 
 def _recolour(pixels: np.ndarray, change: Augmentation, draws: Iterator[float]) -> np.ndarray:

@@ -22,7 +22,7 @@ def monai_transforms(listed: str) -> tuple[Any, ...]:
     made = []
     for entry in json.loads(listed):
         for name, arguments in entry.items():
-            kind = getattr(transforms, name, None)
+            kind: Any = getattr(transforms, name, None)
             usable = isinstance(kind, type) and issubclass(kind, transforms.Randomizable)
             if not usable or issubclass(kind, transforms.MapTransform | transforms.Compose):
                 raise ConfigError("augmentation.monai", "is no random array transform of MONAI", found=repr(name),

@@ -67,16 +67,15 @@ def choose_caption(captions: Sequence[str], *facts: object) -> str:
 
 def find_texts(caption: str, sidecar: Mapping[str, Any]) -> dict[str, list[str]]:
     """Kind -> texts of a sample; what is no text is passed over, and kinds without any are left out."""
-    mentions = sidecar.get("mentions")
     panels = sidecar.get("panel_captions")
     found = {
         "original": [caption],
-        "compiled": sidecar.get("captions"),
-        "rewrite": sidecar.get("rewrites"),
-        "mention": [m.get("text") if isinstance(m, Mapping) else m for m in mentions] if _is_list(mentions) else None,
-        "panel": [panels[letter] for letter in sorted(panels)] if isinstance(panels, Mapping) else panels,
+        "compiled": _list(sidecar.get("captions")),
+        "rewrite": _list(sidecar.get("rewrites")),
+        "mention": [m.get("text") if isinstance(m, Mapping) else m for m in _list(sidecar.get("mentions"))],
+        "panel": [panels[letter] for letter in sorted(panels)] if isinstance(panels, Mapping) else _list(panels),
     }
-    texts = {kind: [t for t in listed if isinstance(t, str)] for kind, listed in found.items() if _is_list(listed)}
+    texts = {kind: [text for text in listed if isinstance(text, str)] for kind, listed in found.items()}
     return {kind: listed for kind, listed in texts.items() if listed}
 
 
@@ -100,5 +99,5 @@ def sample_caption(texts: Mapping[str, Sequence[str]], mix: CaptionMix, *facts: 
     return original
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
