@@ -102,7 +102,9 @@ def relative(found, wanted):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("loss", [{}, {"soft_targets": 0.5, "same_article": "ignore"}], ids=["plain", "facts"])
 def test_gradients_of_parts_are_those_of_the_whole_batch_also_with_patch_dropout(dropout, loss):
-    settings = config(micro_batch_size=3, towers={"patch_dropout": dropout}, loss=loss, optim={"lr": 1e-30, "clip_norm": None})
+    settings = config(
+        micro_batch_size=3, towers={"patch_dropout": dropout}, loss=loss, optim={"lr": 1e-30, "clip_norm": None}
+    )
     found, module = fit(settings, of=model(patch_size=8))
     module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.reset()
     module.model.load_state_dict(model(patch_size=8).state_dict())
@@ -288,8 +290,12 @@ def test_smaller_pictures_through_a_timm_trunk():
 
 
 def test_stages_end_at_their_steps():
-    settings = config(max_steps=9, towers={"stages": [{"until_step": 1, "size_px": 16}, {"until_step": 4, "size_px": 24}]})
-    _, module = fit(check_config(settings.model_dump(mode="json") | {"max_steps": 1}, TrainConfig, "t"), of=model(patch_size=8))
+    settings = config(
+        max_steps=9, towers={"stages": [{"until_step": 1, "size_px": 16}, {"until_step": 4, "size_px": 24}]}
+    )
+    _, module = fit(
+        check_config(settings.model_dump(mode="json") | {"max_steps": 1}, TrainConfig, "t"), of=model(patch_size=8)
+    )
     progress = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     sizes = []
     for step in (0, 1, 3, 4, 8):
@@ -389,7 +395,9 @@ def test_flops_are_three_forward_passes_and_one_of_a_locked_tower():
     whole = sample_flops(made, 32)
     width, tokens = 32, 5
     # Four projections of attention and two of the MLP, and the two products of attention: per token and layer.
-    image = 2 * tokens * (4 * width**2 + 8 * width**2 + 2 * tokens * width) + 2 * 4 * width * 3 * 16 * 16 + 2 * width * 16
+    image = (
+        2 * tokens * (4 * width**2 + 8 * width**2 + 2 * tokens * width) + 2 * 4 * width * 3 * 16 * 16 + 2 * width * 16
+    )
     width, tokens = 16, 16
     text = 2 * tokens * (4 * width**2 + 8 * width**2 + 2 * tokens * width) + 2 * 16 * 16
     assert whole == pytest.approx(3 * (image + text), rel=0.02)
@@ -415,7 +423,7 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path):
 
 @pytest.mark.parametrize(("changes", "wrong"), [
     ({"batch_size": 9, "devices": 2}, "multiple of the 2 processes"),
-    ({"strategy": "fsdp", "precision": "fp16"}, "fsdp goes with neither"),
+    ({"strategy": "fsdp", "precision": "fp16"}, "fsdp goes with none"),
 ])  # fmt: skip
 def test_configs_that_cannot_work_are_refused(changes, wrong):
     with pytest.raises(ConfigError, match=wrong):

@@ -18,9 +18,12 @@ from synthetic_shards import write_articles, write_colours
 from tiny_model import write_tiny_model
 
 from biomedclip.config import check_config
-from biomedclip.errors import ConfigError, DataError
+from biomedclip.errors import CheckpointError, ConfigError, DataError
 from biomedclip.training.config import TrainConfig
-from biomedclip.training.module import rate_factor
+from biomedclip.training.checkpoints import list_checkpoints
+from biomedclip.training.failures import check_tokens
+from biomedclip.training.module import ContrastiveModule
+from biomedclip.training.optim import rate_factor
 from biomedclip.training.train import train
 
 
@@ -149,12 +152,141 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy_and_keeps_the_last_chec
         assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
 
 
+EVERYTHING = {
+    "micro_batch_size": 3, "precision": "bf16", "optim": {"lr": 1e-3, "layer_decay": 0.8},
+    "towers": {"patch_dropout": 0.5, "stages": [{"until_step": 3, "size_px": 16}], "gradient_checkpointing": True},
+    "validation": {"every_steps": 2, "max_samples": 8},
+}  # fmt: skip
+
+
+def cut_back(folder, last):
+    """An interrupted run: what came after the checkpoint of a step is gone."""
+    (folder / "done.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > last:
+            shutil.rmtree(checkpoint)
+
+
+def test_a_run_with_parts_dropout_stages_and_validation_resumes_exactly(folders, tmp_path):
+    whole = train(config(folders, **EVERYTHING), tmp_path / "a")
+    shutil.copytree(whole.folder, tmp_path / "b")
+    cut_back(tmp_path / "b", 2)
+    resumed = train(config(folders, **EVERYTHING), tmp_path / "b", resume=True)
+    assert equal(weights(whole.final), weights(resumed.final))
+    plain = train(config(folders, **EVERYTHING | {"micro_batch_size": 0, "towers": {}}), tmp_path / "c")
+    assert not equal(weights(whole.final), weights(plain.final))
+
+
+def test_the_best_checkpoint_by_a_validation_stays_beside_the_newest(folders, tmp_path):
+    settings = {"every_steps": 0, "every_minutes": 0, "keep_last": 1}
+    wanted = {"validation": {"every_steps": 2, "max_samples": 8}, "optim": {"lr": 0.05}}
+    for best, choose in (("-val_loss", min), ("val_loss", max)):
+        run = train(config(folders, checkpoints=settings | {"best": best}, **wanted), tmp_path / best)
+        facts = json.loads((run.folder / "checkpoints" / "best.json").read_bytes())
+        losses = {int(row["step"]): float(row["val_loss"]) for row in metrics(run.folder) if row["val_loss"]}
+        assert facts["value"] == pytest.approx(choose(losses.values()), rel=1e-4)
+        assert losses[int(facts["checkpoint"].removeprefix("step-"))] == choose(losses.values())
+        names = {path.name for path in list_checkpoints(run.folder)}
+        assert names == {facts["checkpoint"], "step-00000006"}
+        # What a best checkpoint holds is enough to go on from, like any other.
+        last = int(facts["checkpoint"].removeprefix("step-"))
+        cut_back(run.folder, last)
+        assert equal(weights(run.final) if run.final.exists() else {}, {})
+        again = train(config(folders, checkpoints=settings | {"best": best}, **wanted), run.folder, resume=True)
+        assert equal(weights(again.folder / "checkpoints" / "step-00000006"), weights(again.final))
+    whole = train(config(folders, checkpoints=settings, **wanted), tmp_path / "plain")
+    assert equal(weights(whole.final), weights(again.final))
+    with pytest.raises(ConfigError, match=r"no validation measures 'auroc'; name one of: val_image_to_text/recall@1"):
+        train(config(folders, checkpoints=settings | {"best": "auroc"}, **wanted), tmp_path / "r")
+
+
+def test_checkpoints_by_the_clock(folders, tmp_path):
+    run = train(config(folders, max_steps=3, checkpoints={"every_minutes": 1e-9, "keep_last": 2}), tmp_path / "r")
+    assert [path.name for path in list_checkpoints(run.folder)] == ["step-00000002", "step-00000003"]
+    assert "saved step-00000001" in (run.folder / "log.txt").read_text()
+
+
+def test_metrics_hold_the_loss_of_each_source(finished):
+    for row in metrics(finished.folder):
+        mean = (4 * float(row["source/colours"]) + 4 * float(row["source/articles"])) / 8
+        assert mean == pytest.approx(float(row["loss"]), rel=1e-4)
+        assert row["mfu"] == ""
+        assert 0 <= float(row["data_wait"]) <= 1
+
+
+def test_a_full_disk_at_a_checkpoint_says_so_and_leaves_the_last_one(folders, tmp_path):
+    """The limit on the size of files fails a write midway, as a full disk does."""
+    import resource
+
+    run = train(config(folders), tmp_path / "r")
+    whole = weights(run.final)
+    cut_back(run.folder, 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000004: cannot be written .*free disk space, then resume; "
+                                                  r"the last good checkpoint is .*step-00000002"):  # fmt: skip
+            train(config(folders), run.folder, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in list_checkpoints(run.folder)] == ["step-00000002"]
+    assert equal(whole, weights(train(config(folders), run.folder, resume=True).final))
+
+
+def test_a_step_that_does_not_fit_into_memory_names_the_settings_that_help(folders, tmp_path, monkeypatch):
+    def too_large(self, number, batch):
+        return torch.empty(1 << 60)
+
+    monkeypatch.setattr(ContrastiveModule, "_embed_part", too_large)
+    with pytest.raises(ConfigError, match=r"does not fit into memory, 8 samples at a time .*set micro_batch_size to 4 "
+                                          r".*or set towers.gradient_checkpointing: true, or set precision: bf16"):  # fmt: skip
+        train(config(folders), tmp_path / "a")
+
+    def too_large_on_a_gpu(self, number, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ContrastiveModule, "_embed_part", too_large_on_a_gpu)
+    with pytest.raises(ConfigError, match=r"3 samples at a time \(found CUDA out of memory.*micro_batch_size to 1 "):
+        train(config(folders, micro_batch_size=3), tmp_path / "b")
+
+
+def test_a_lost_reading_process_is_named_with_its_remedy(folders, tmp_path, monkeypatch):
+    from biomedclip.stream.samples import Samples
+
+    read = Samples.__getitem__
+
+    def die(self, step):
+        if step == 3:
+            os._exit(9)
+        return read(self, step)
+
+    monkeypatch.setattr(Samples, "__getitem__", die)
+    data = config(folders).data.model_dump(mode="json", exclude={"fetch"}, exclude_defaults=True) | {"workers": 1}
+    with pytest.raises(DataError, match=r"data.workers: a reading process died .*lower data.workers"):
+        train(config(folders, data=data), tmp_path / "r")
+
+
+def test_a_tokenizer_that_does_not_fit_the_text_tower_is_refused():
+    class Tower:
+        context_length, vocab_size = 8, 100
+
+    def tokens(*row):
+        return lambda captions: torch.tensor([row])
+
+    check_tokens(tokens(*range(8)), Tower(), "m")
+    with pytest.raises(ConfigError, match="m: its tokenizer gives 9 tokens, its text tower takes 8"):
+        check_tokens(tokens(*range(9)), Tower(), "m")
+    with pytest.raises(ConfigError, match=r"ids beyond the 100 of its text tower \(found 100\)"):
+        check_tokens(tokens(100), Tower(), "m")
+
+
 def test_the_trap_of_lightnings_step_estimate_is_never_touched():
     from pathlib import Path
 
     import biomedclip.training
 
-    for path in Path(biomedclip.training.__file__).parent.glob("*.py"):
+    for path in Path(biomedclip.training.__file__).parent.glob("**/*.py"):
         assert "trainer.estimated_stepping_batches" not in path.read_text()
 
 
@@ -165,6 +297,26 @@ from biomedclip.training.config import TrainConfig
 from biomedclip.training.train import train
 train(load_config(sys.argv[1], TrainConfig), sys.argv[2], resume=True)
 """
+
+
+@pytest.mark.fault
+def test_sigterm_saves_the_step_under_way_and_the_run_goes_on_from_there(folders, tmp_path):
+    import yaml
+
+    long = config(folders, max_steps=400, checkpoints={"every_minutes": 0})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(long.model_dump(mode="json")))
+    out = tmp_path / "r"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "run.yaml", out], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert b"SIGTERM stopped the run after step" in said
+    (saved,) = list_checkpoints(out)
+    assert saved.name == f"step-{int(metrics(out)[-1]['step']):08d}"
+    short = config(folders, max_steps=400, checkpoints={"every_minutes": 0})
+    assert equal(weights(train(short, out, resume=True).final), weights(train(short, tmp_path / "whole").final))
 
 
 @pytest.mark.timeout(600)  # a dozen starts of torch, on a machine that may be busy

@@ -123,14 +123,6 @@ class SaveCheckpoints(Callback):
                 folder, "cannot be written", found=error.strerror or str(error),
                 todo=f"free disk space, then resume; {_last_good(self.run.folder)}",
             ) from error  # fmt: skip
-        except RuntimeError as error:
-            # torch's own writer reports a full disk so.
-            if not re.search(r"PytorchStreamWriter|unexpected pos|No space left", str(error)):
-                raise
-            raise CheckpointError(
-                folder, "cannot be written", found="the disk is full or went away",
-                todo=f"free disk space, then resume; {_last_good(self.run.folder)}",
-            ) from error  # fmt: skip
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self.run.log(f"saved {folder.name}")
 

@@ -269,6 +269,19 @@ class TrainConfig(Config):
         processes = self.devices * self.num_nodes
         if self.batch_size % processes:
             raise ValueError(f"batch_size must be a multiple of the {processes} processes (found {self.batch_size})")
-        if self.strategy == "fsdp" and (self.towers.stages or self.precision == "fp16"):
-            raise ValueError("fsdp goes with neither towers.stages nor precision fp16; take ddp or bf16")
+        if self.strategy == "fsdp" and (self.towers.stages or self.micro_batch_size or self.precision == "fp16"):
+            # Shared weights are gathered by calls of whole towers, in an order that all processes must keep.
+            raise ValueError(
+                "fsdp goes with none of towers.stages, micro_batch_size and precision fp16; take ddp, or "
+                "towers.gradient_checkpointing and bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_whole(self) -> TrainConfig:
+        wanted = self.continual is not None and self.continual.needs_whole_weights
+        if self.strategy == "fsdp" and (wanted or self.validation.probes or self.guard):
+            raise ValueError(
+                "fsdp leaves no process with all weights, as probes, guard, l2_sp, ewc, ema and ensemble need; take ddp"
+            )
         return self

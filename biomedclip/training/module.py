@@ -165,10 +165,6 @@ class ContrastiveModule(LightningModule):
         strategy: Any = self.trainer.strategy
         if wanted or world_size() == 1:
             return nullcontext()
-        if self.config.strategy == "fsdp":
-            from biomedclip.training.sharding import keep_gradients_here
-
-            return keep_gradients_here(self.model)
         blocked: AbstractContextManager[object] = strategy.block_backward_sync()
         return blocked
 

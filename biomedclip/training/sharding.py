@@ -7,8 +7,6 @@ place. Scalars (logit scale and bias) stay whole on every process, since a scala
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,16 +29,6 @@ def shard_model(model: nn.Module, mesh: Any) -> None:
     fully_shard(model, mesh=over, ignored_params=scalars, reshard_after_forward=False)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
-
-
-@contextmanager
-def keep_gradients_here(model: Any) -> Iterator[None]:
-    """A context in which backward passes leave gradients unshared: they are added up and exchanged by a later one."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
