@@ -89,6 +89,7 @@ def test_panels_stand_after_their_figure_and_name_it(tmp_path: Path) -> None:
     assert (whole.key, a.key, b.key) == ("pmc-7-v1-f1-p0", "pmc-7-v1-f1-p0-a", "pmc-7-v1-f1-p0-b")
     assert (whole.panel, a.panel, b.panel) == (None, "A", "B")
     assert whole.sidecar["panels"] == ["A", "B"]
+    assert whole.sidecar["panel_captions"] == {"A": a.caption, "B": b.caption}
     assert a.sidecar["parent"] == b.sidecar["parent"] == whole.key
     assert whole.image == grid()
     assert "left lung" in a.caption

@@ -191,19 +191,22 @@ def test_a_drawn_text_depends_on_the_facts_alone_and_one_word_is_none():
 
 
 def test_a_source_reads_the_texts_of_its_mix(tmp_path):
+    from mock_bucket import MockBucket
     from synthetic_shards import write_captions
 
     from biomedclip.stream.decode import Geometry
+    from biomedclip.stream.fetch import FetchConfig
     from biomedclip.stream.loader import Samples, StreamSource
 
     captions = [f"caption number {i}" for i in range(6)]
     folder = write_captions(tmp_path / "set", captions, [SIDECAR if i % 2 else {} for i in range(6)])
     mix = CaptionMix(original=1, rewrite=1, mention=1)
 
-    def texts(captions: CaptionMix | None) -> list[list[str]]:
-        source = StreamSource(name="a", path=folder, captions=captions)
+    def texts(captions: CaptionMix | None, path: object = folder) -> list[list[str]]:
+        source = StreamSource(name="a", path=path, captions=captions)
         seen: list[list[str]] = []
         samples = Samples([source], batch_size=6, seed=0, geometry=Geometry(size_px=8),
+                          fetch=FetchConfig(cache=str(tmp_path / "cache")),
                           tokenise=lambda batch: seen.append(list(batch)) or torch.zeros(len(batch), 2))  # fmt: skip
         for step in range(20):
             samples[step]
@@ -212,6 +215,9 @@ def test_a_source_reads_the_texts_of_its_mix(tmp_path):
 
     found = texts(mix)
     assert found == texts(mix)
+    with MockBucket(tmp_path) as bucket:
+        assert texts(mix, f"{bucket.endpoint}/set") == found
+        assert len(bucket.requests("*.tar")) < 6, "the json comes with its picture and caption"
     said = Counter(text for batch in found for text in batch)
     assert {text for text in said if not text.startswith("caption")} == {*SIDECAR["rewrites"], "Figure 2 shows a cell"}
     assert 25 <= said["Figure 2 shows a cell"] / 60 * 100 <= 42

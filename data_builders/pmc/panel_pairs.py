@@ -59,7 +59,9 @@ def with_panels(pair: Pair, mentions: Sequence[Mapping[str, Any]], config: Panel
         return
     letters = [panel.panel for panel in panels]
     if config.parent == "keep":
-        yield replace(_flagged(pair, "has_panels"), sidecar={**pair.sidecar, "panels": letters})
+        captions = {str(panel.panel): panel.caption for panel in panels}
+        sidecar = {**pair.sidecar, "panels": letters, "panel_captions": captions}
+        yield replace(_flagged(pair, "has_panels"), sidecar=sidecar)
     else:
         yield Drop(source=pair.source, item=pair.figure_id or pair.key, reason="replaced_by_panels",
                    detail=" ".join(str(letter) for letter in letters), article_id=pair.article_id)  # fmt: skip
