@@ -180,7 +180,11 @@ def read_weights(parts: Parts, *, trust_pickle: bool = False) -> tuple[dict[str,
         if file.member is not None:
             path = extract_member(path, file.member, path.parent / f"{path.name}.{Path(file.member).name}")
         tensors = read_tensors(
-            path, unwrap=parts.keys.unwrap, safe_globals=parts.keys.safe_globals, trust_pickle=trust_pickle
+            path,
+            unwrap=parts.keys.unwrap,
+            safe_globals=parts.keys.safe_globals,
+            inert_globals=parts.keys.inert_globals,
+            trust_pickle=trust_pickle,
         )
         raw.update({f"{file.prefix}{key}": tensor for key, tensor in tensors.items()})
     where = ", ".join(str(file.path) for file in parts.weights)

@@ -34,6 +34,7 @@ def read_tensors(
     *,
     unwrap: Sequence[str] = (),
     safe_globals: Sequence[str] = (),
+    inert_globals: Sequence[str] = (),
     trust_pickle: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of a file on the CPU, mapped from disk where its format allows.
@@ -47,7 +48,7 @@ def read_tensors(
         return _read_safetensors(path)
     if kind not in ("zip pickle", "legacy pickle"):
         raise CheckpointError(path, "is no file of tensors", found=f"a {kind}", todo=_REMEDY.get(kind, "name another"))
-    value = _unpickle(path, kind, safe_globals, trust_pickle)
+    value = _unpickle(path, kind, safe_globals, inert_globals, trust_pickle)
     return _unwrap(path, value, unwrap)
 
 
@@ -135,10 +136,29 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error  # fmt: skip
 
 
-def _unpickle(path: Path, kind: Kind, safe_globals: Sequence[str], trust_pickle: bool) -> Any:
+class _Inert:
+    """Stands for an object that is no weight: takes any call, state or item, and keeps nothing."""
+
+    def __new__(cls, *args: Any, **options: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Accept what the named class would have been given."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Forget it."""
+
+
+def _unpickle(
+    path: Path, kind: Kind, safe_globals: Sequence[str], inert_globals: Sequence[str], trust_pickle: bool
+) -> Any:
     import torch
 
     allowed = [found for name in safe_globals for found in _safe_objects(name)]
+    allowed += [(_Inert, name) for name in inert_globals]
     mapped = kind == "zip pickle"
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():

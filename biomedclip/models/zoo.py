@@ -207,6 +207,9 @@ class Keys(Config):
     allow_missing: tuple[str, ...] = ()
     allow_extra: tuple[str, ...] = ()
     safe_globals: tuple[SafeGlobal, ...] = ()
+    inert_globals: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*$")], ...] = ()
+    """Names that the file's pickle uses for what is no weight (a training config). Each stands for an empty placeholder
+    while the file is opened; whatever has that name is neither imported nor called."""
 
 
 Numbers = tuple[float, ...]
