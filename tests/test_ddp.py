@@ -17,7 +17,7 @@ from biomedclip.config import check_config
 from biomedclip.training.config import TrainConfig
 from biomedclip.training.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # each starts torch twice, on a machine that may be busy
 SCRIPT = Path(__file__).parent / "train_script.py"
 
 
@@ -104,4 +104,4 @@ def test_a_run_goes_on_with_another_number_of_processes(one, folders, tmp_path, 
     (folder / "checkpoints" / "step-00000004").rmdir()
     run(folder, settings(folders, devices=after))
     assert largest_difference(one / "final", folder / "final") <= 1e-6
-    assert f"continues after step 2" in (folder / "log.txt").read_text()
+    assert "continues after step 2" in (folder / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""Objectives in tiles against dense float64 references written from the formulas, against open_clip, over 2 processes."""
+"""Objectives in tiles against dense float64 references written from the formulas, open_clip, and 2 processes."""
 
 import math
 import os
@@ -322,7 +322,8 @@ def run_rank(folder):
 @pytest.mark.slow
 def test_two_processes_share_the_loss_and_the_gradients_of_one(tmp_path):
     """Averaged over processes, as strategies average them, both are those of one process with the whole batch."""
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_losses; test_losses.run_rank(sys.argv[1])"
+    here = str(Path(__file__).parent)
+    script = f"import sys; sys.path.insert(0, {here!r}); import test_losses; test_losses.run_rank(sys.argv[1])"
     processes = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)],
                          env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})

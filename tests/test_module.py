@@ -1,4 +1,4 @@
-"""A training step: gradients of parts against whole batches, towers locked, thinned, shrunk and cut, groups of rates."""
+"""A training step: gradients of parts against whole batches, towers locked, thinned and shrunk, groups of rates."""
 
 import math
 
@@ -51,7 +51,8 @@ def batch(size=10, seed=3):
         text[row, length - 1] = 49407
     return {
         "image": torch.randint(0, 256, (size, 3, 32, 32), generator=random, dtype=torch.uint8), "text": text,
-        "labels": torch.arange(size)[:, None] % 4, "article": torch.arange(size) // 2, "source": ["a", "b"] * (size // 2),
+        "labels": torch.arange(size)[:, None] % 4, "article": torch.arange(size) // 2,
+        "source": ["a", "b"] * (size // 2),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Trains as a config file says: what tests start as a process of its own, or several, with `train_script.py CONFIG OUT`."""
+"""Trains as a config file says, in a process of its own or several: `train_script.py CONFIG OUT`."""
 
 import sys
 

@@ -8,6 +8,7 @@ Validation reads exact pixels and first captions, in index order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,20 @@ class StreamData(LightningDataModule):
             tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
             size_exponent=config.data.size_exponent, fetch=config.data.fetch,
         )  # fmt: skip
-        self.train_loader = StreamLoader(samples, max_steps=config.max_steps, workers=config.data.workers)
+        pinned = config.device != "cpu" and torch.cuda.is_available()
+        self.train_loader = StreamLoader(
+            samples, max_steps=config.max_steps, workers=config.data.workers, pin_memory=pinned
+        )
+        self.run_folder: Path | None = None
+        """Where unreadable samples are noted; None: nowhere."""
 
     def setup(self, stage: str) -> None:
         """Take this process's slots of every batch."""
         if self.trainer is not None:
             samples = self.train_loader.samples
             samples.rank, samples.world_size = self.trainer.global_rank, self.trainer.world_size
+        if self.run_folder is not None:
+            self.train_loader.keep_ledger(self.run_folder)
 
     def train_dataloader(self) -> StreamLoader:
         """The training batches, from the step the loader's state says."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from biomedclip.errors import ConfigError
 from biomedclip.stream.plan import draw_int
 from biomedclip.training.config import TrainConfig
-from biomedclip.training.gather import gather_rows, rank, world_size
+from biomedclip.training.gather import rank, world_size
 from biomedclip.training.gradient_cache import Embeddings, cached_backward
 from biomedclip.training.objectives.objective import Objective
 from biomedclip.training.objectives.softmax import at_least_float32, clip_loss

@@ -36,5 +36,5 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, torch.Tensor] = get_model_state_dict(model, options=options)
-    return state
+    state: Any = get_model_state_dict(model, options=options)
+    return dict(state)

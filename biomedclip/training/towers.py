@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biomedclip.errors import ConfigError
+from biomedclip.stream.text import bucket_by_length, token_lengths
 from biomedclip.training.config import TowersConfig
 
 
@@ -105,34 +106,8 @@ def split_by_length(texts: Tensor, padding: int, count: int) -> tuple[Tensor, li
 
     The parts are cut where padding in all is least, each length rounded up to a multiple of 8, which kernels prefer.
     """
-    position = torch.arange(1, texts.shape[1] + 1, device=texts.device)
-    lengths = ((texts != padding) * position).amax(dim=1).clamp(min=1)
-    lengths, order = torch.sort(((lengths + 7) // 8 * 8).clamp(max=texts.shape[1]), stable=True)
-    kept, numbers = torch.unique_consecutive(lengths, return_counts=True)
-    cuts = _best_cuts(kept.tolist(), numbers.tolist(), count)
-    ordered = texts[order]
-    return order, [
-        part[:, :length] for part, length in zip(ordered.split([n for n, _ in cuts]), [x for _, x in cuts], strict=True)
-    ]
-
-
-def _best_cuts(lengths: list[int], numbers: list[int], count: int) -> list[tuple[int, int]]:
-    """(texts, length) of each part: the cuts of ascending lengths into up to `count` runs that take least positions."""
-    best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
-    total = [0]
-    for number in numbers:
-        total.append(total[-1] + number)
-    rounds = [best + [(1 << 62, [])] * len(lengths)]
-    for _ in range(count):
-        now: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
-        for end in range(1, len(lengths) + 1):
-            now.append(min(
-                (rounds[-1][start][0] + (total[end] - total[start]) * lengths[end - 1],
-                 [*rounds[-1][start][1], (total[end] - total[start], lengths[end - 1])])
-                for start in range(end)
-            ))  # fmt: skip
-        rounds.append([min(a, b) for a, b in zip(now, rounds[-1], strict=True)])
-    return rounds[-1][-1][1]
+    groups = bucket_by_length(token_lengths(texts, padding), count, multiple_of=8)
+    return torch.cat([index for index, _ in groups]), [texts[index, :length] for index, length in groups]
 
 
 def context_length(model: nn.Module) -> int:
@@ -141,7 +116,7 @@ def context_length(model: nn.Module) -> int:
 
 
 def _drop_patches(visual: Any, share: float) -> None:
-    trunk = getattr(visual, "trunk", None)
+    trunk: Any = getattr(visual, "trunk", None)
     if trunk is None and isinstance(getattr(visual, "patch_dropout", None), nn.Module):
         from open_clip.transformer import PatchDropout
 

@@ -102,7 +102,7 @@ def train(
         run = open_run(out, kind="train", config=config, seed=config.seed, resume=resume)
     else:
         run = _OtherProcess(out, "train", resumed=resume)
-    with _threads(config.threads):
+    with _threads(config.threads, config.devices):
         log = _fit(config, run, progress if is_first_process() else silent, allow_plan_change)
     if not is_first_process():
         return TrainResult(folder=out, start=out / "start", final=out / "final", steps=config.max_steps,
@@ -167,11 +167,10 @@ def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: b
     if first_process and plan.first_step == first > 0:
         write_text(run.folder / CONFIG, dump_config(config))
         run.log(f"another plan from step {first} on: {plan.sha256[:16]}")
-    loader.keep_ledger(run.folder)
+    data.run_folder = run.folder
     for notice in loader.notices:
         run.log(notice)
     loader.on_notice = run.log
-    loader.keep_ledger(run.folder)
     if first_process and (left_out := loader.samples.ledger):
         write_table(run.folder / "stream_ledger.parquet", left_out, LEDGER_COLUMNS)
     export = _exporter(config, model, model_cfg)
@@ -234,9 +233,10 @@ def _train_loop(
         trainer = make_trainer(config, run.folder, callbacks, validates=bool(data.val_dataloader()))
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     if trainer.global_step < config.max_steps:
-        why = "SIGTERM stopped the run after" if saver.stopped else "training ended at"
-        raise CheckpointError(run.folder, f"{why} step {trainer.global_step} of {config.max_steps}",
-                              todo="resume the run: all steps are saved" if saver.stopped else "resume the run")  # fmt: skip
+        why = "SIGTERM stopped the run, saved, after" if saver.stopped else "training ended at"
+        raise CheckpointError(
+            run.folder, f"{why} step {trainer.global_step} of {config.max_steps}", todo="resume the run"
+        )
     return log
 
 
@@ -297,12 +297,12 @@ def _check_installed() -> None:
 
 
 @contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    """Let torch use the cores this process may use: it counts the machine's, which a container does not have."""
+def _threads(wanted: int, processes: int) -> Iterator[None]:
+    """Let torch use this process's share of the cores it may use: it counts the machine's, not the container's."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(wanted or max(len(os.sched_getaffinity(0)) // processes, 1))
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ _LOGGERS = {
 
 def is_first_process() -> bool:
     """Whether this process writes the run folder: the first one of the first machine, by what launchers set."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    names: tuple[str, ...] = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     if "RANK" in os.environ:
         names = ("RANK",)
     return all(os.environ.get(name, "0") == "0" for name in names)
@@ -104,7 +104,7 @@ def _loggers(config: TrainConfig, folder: Path) -> list[Any] | bool:
     made: list[Any] = []
     for name in config.loggers:
         kind, package = _LOGGERS[name]
-        places = {
+        places: dict[str, dict[str, Any]] = {
             "tensorboard": {"save_dir": folder, "name": "", "version": "tensorboard"},
             "wandb": {"save_dir": folder, "name": folder.name},
             "mlflow": {"experiment_name": "biomedclip", "run_name": folder.name,

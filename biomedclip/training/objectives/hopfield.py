@@ -18,7 +18,7 @@ from biomedclip.training.objectives.softmax import at_least_float32, infoloob_lo
 
 
 def retrieve(states: Tensor, stored: Tensor, beta: float) -> Tensor:
-    """(b, D) unit vectors: for each state softmax(beta x state · stored) weighted sums of the (B, D) stored patterns."""
+    """(b, D) unit vectors: for each state the sum of (B, D) stored patterns weighted by softmax(beta state·stored)."""
     found = F.scaled_dot_product_attention(states[None, None], stored[None, None], stored[None, None], scale=beta)
     return F.normalize(found[0, 0], dim=1)
 
@@ -27,7 +27,7 @@ def cloob_losses(
     image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, logit_scale: Tensor, *, beta: float,
     pairs: Pairs | None = None, first_row: int = 0, tile: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scalar CLOOB loss and the (b,) losses of the samples, without gradient, whose mean it is (Fürst et al. 2022, equations 7 and 8).
+    """Scalar CLOOB loss (Fürst et al. 2022, equations 7 and 8), and the (b,) losses of the samples whose mean it is.
 
     With U patterns retrieved from the stored images and V from the stored texts: InfoLOOB of the retrieved images
     against the retrieved texts over U, plus InfoLOOB of the retrieved texts against the retrieved images over V, both
