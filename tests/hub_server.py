@@ -105,9 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in repo.files:
             return self._refuse(404, "EntryNotFound", body, {"X-Repo-Commit": repo.commit})
         if name in repo.lfs:
-            data = self._read(repo.files[name])
+            content = repo.files[name]
             headers = {
-                "X-Repo-Commit": repo.commit, "X-Linked-Size": str(len(data)), "X-Linked-ETag": _etag(data),
+                "X-Repo-Commit": repo.commit, "X-Linked-Size": str(_size(content)), "X-Linked-ETag": _etag(content),
                 "Location": f"{self.hub.url}/lfs/{repo_name}//{name}", "Content-Length": "0",
             }  # fmt: skip
             return self._headers(302, headers)
@@ -127,27 +127,24 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(404, "EntryNotFound", body)
 
     def _send_file(self, repo: Repo, name: str, body: bool) -> None:
-        data = self._read(repo.files[name])
-        headers = {"X-Repo-Commit": repo.commit, "ETag": _etag(data), "X-Linked-Size": str(len(data))}
-        self._send(data, body, headers, broken=name in repo.broken)
+        content = repo.files[name]
+        headers = {"X-Repo-Commit": repo.commit, "ETag": _etag(content), "X-Linked-Size": str(_size(content))}
+        self._send(content, body, headers, broken=name in repo.broken)
 
-    def _send(self, data: bytes, body: bool, headers: dict[str, str], *, broken: bool = False) -> None:
-        asked = self.headers.get("Range")
-        status, part = 200, data
-        if asked and asked.startswith("bytes="):
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            end = min(int(last) + 1, len(data)) if last else len(data)
-            part = data[int(first) : end]
-            status = 206
-            headers = {**headers, "Content-Range": f"bytes {first}-{end - 1}/{len(data)}"}
-        self._headers(status, {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(part))})
-        if not body:
-            return
-        if broken:
-            self.wfile.write(part[: len(part) // 2])
+    def _send(self, content: bytes | Path, body: bool, headers: dict[str, str], *, broken: bool = False) -> None:
+        asked = self.headers.get("Range") or ""
+        first, end, status = 0, _size(content), 200
+        if asked.startswith("bytes="):
+            start, _, last = asked.removeprefix("bytes=").partition("-")
+            first, end, status = int(start), min(int(last) + 1, end) if last else end, 206
+            headers = {**headers, "Content-Range": f"bytes {first}-{end - 1}/{_size(content)}"}
+        self._headers(status, {**headers, "Accept-Ranges": "bytes", "Content-Length": str(end - first)})
+        if body and broken:
+            end = first + (end - first) // 2
             self.close_connection = True
-            return
-        self.wfile.write(part)
+        if body:
+            for position in range(first, end, 1 << 22):
+                self.wfile.write(_slice(content, position, min(position + (1 << 22), end)))
 
     def _refuse(self, status: int, code: str, body: bool, headers: dict[str, str] | None = None) -> None:
         text = json.dumps({"error": code}).encode()
@@ -161,12 +158,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    @staticmethod
-    def _read(content: bytes | Path) -> bytes:
-        return content if isinstance(content, bytes) else content.read_bytes()
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _etag(data: bytes) -> str:
+def _slice(content: bytes | Path, first: int, end: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[first:end]
+    with content.open("rb") as file:
+        file.seek(first)
+        return file.read(end - first)
+
+
+def _etag(content: bytes | Path) -> str:
     # The hash of half a gigabyte takes longer than the test; size and both ends tell these files apart.
-    known = data if len(data) < 1 << 22 else data[: 1 << 16] + data[-(1 << 16) :] + str(len(data)).encode()
+    size, edge = _size(content), 1 << 16
+    known = _slice(content, 0, edge) + _slice(content, max(size - edge, 0), size) + str(size).encode()
     return f'"{hashlib.sha256(known).hexdigest()}"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hub_server import Repo, serve
 from PIL import Image
+from published_biomedclip import CONFIG, CONFIG_BYTES, REPO
 from safetensors.torch import save
 from tiny_model import write_tiny_model
 from typer.testing import CliRunner
@@ -23,22 +25,7 @@ from biomedclip.models.hub import fetch, fetch_url, file_hash
 from biomedclip.models.load import load, released_parts
 from biomedclip.models.zoo import File, read_model
 
-CLIP_MEAN_STD = {
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-}
-PUBLISHED_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 512,
-        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
-                       "timm_proj": "linear", "image_size": 224},
-        "text_cfg": {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-                     "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-                     "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256},
-    },
-    "preprocess_cfg": CLIP_MEAN_STD,
-}  # fmt: skip
-BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+CLIP_MEAN_STD = CONFIG["preprocess_cfg"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def hub(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("BIOMEDCLIP_CACHE", str(tmp_path / "own"))
+        monkeypatch.setenv("REPO_CACHE", str(tmp_path / "own"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
 
@@ -114,27 +101,19 @@ def assert_near(ours, theirs):
 
 
 def test_the_published_biomedclip_config_has_the_pinned_hash_and_a_changed_one_is_refused(hub):
+    from huggingface_hub import constants
+
     facts = read_model("biomedclip")
     config = next(file for file in facts.files if file.role == "config")
-    text = json.dumps(PUBLISHED_CONFIG, indent=2)
-    hub.repos[BIOMEDCLIP] = Repo({"open_clip_config.json": text.encode()}, commit=facts.source.revision)
+    hub.repos[REPO] = Repo({"open_clip_config.json": CONFIG_BYTES}, commit=facts.source.revision)
     path = fetch(facts, config)
     assert file_hash(path) == "9a41f334a8c444678772c0ebb9ab854c97ab350bced3a17b803e258d39c23dc0"
-    path.resolve().unlink()
-    path.unlink()
-    hub.repos[BIOMEDCLIP].files["open_clip_config.json"] = (
-        text.replace("256,", "255,").replace("256\n", "255\n").encode()
-    )
-    with pytest.raises(
-        CheckpointError, match=r"is not the published file of biomedclip: sha256 9a41f.* \(found .*delete"
-    ):
-        fetch(facts, config)
-    hub.repos[BIOMEDCLIP].files["open_clip_config.json"] = b"{}"
-    (Path(str(path)).parent / "x").touch()
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match=r"707 bytes are expected \(found 2 bytes\)"):
-        fetch(facts, config)
+    changed = {"sha256 9a41f": CONFIG_BYTES.replace(b"224", b"225"), r"707 bytes are expected \(found 2": b"{}"}
+    for message, content in changed.items():
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        hub.repos[REPO].files["open_clip_config.json"] = content
+        with pytest.raises(CheckpointError, match=rf"is not the published file of biomedclip: .*{message}.*; "):
+            fetch(facts, config)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +212,9 @@ def tiny_biomedclip():
     files = tuple(
         file.model_copy(update={"size": None, "sha256": None}) for file in facts.files if file.role != "config"
     )
-    return facts.model_copy(update={"architecture": architecture, "files": files})
+    steps = tuple(step.model_copy(update={"size": 160}) if step.size else step for step in facts.preprocess.steps)
+    preprocess = facts.preprocess.model_copy(update={"steps": steps})
+    return facts.model_copy(update={"architecture": architecture, "files": files, "preprocess": preprocess})
 
 
 VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "chest", "x", "-", "ray", "of", "lung",
@@ -250,7 +231,7 @@ def test_pull_makes_a_model_loadable_with_no_request_at_all(hub, monkeypatch):
     weights = build_architecture(facts.architecture).state_dict()
     weights["text.transformer.embeddings.position_ids"] = torch.arange(512)[None]
     buffer = pickle_bytes(weights)
-    hub.repos[BIOMEDCLIP] = Repo(
+    hub.repos[REPO] = Repo(
         {"open_clip_pytorch_model.bin": buffer, "vocab.txt": VOCABULARY.encode()}, commit=facts.source.revision
     )
     model, _, tokenizer = assemble(released_parts(facts))
