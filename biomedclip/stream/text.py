@@ -168,7 +168,8 @@ def bucket_by_length(
     read the end token, such as CLIP's, where their positions and mask are cut to the length as well (open_clip's own
     forward passes take the whole context only). `multiple_of` rounds lengths up, as tensor cores like it.
     """
-    needed = np.asarray(torch.as_tensor(lengths).cpu())
+    given = torch.as_tensor(lengths)
+    needed = np.asarray(given.cpu())
     if not len(needed):
         return []
     rounded = -(-needed // multiple_of) * multiple_of
@@ -194,6 +195,6 @@ def bucket_by_length(
         start = int(best[stop - 1])
         width = int(widths[stop - 1])
         inside = (rounded > (widths[start - 1] if start else -1)) & (rounded <= width)
-        groups.append((torch.from_numpy(np.flatnonzero(inside)), width))
+        groups.append((torch.from_numpy(np.flatnonzero(inside)).to(given.device), width))
         stop = start
     return groups[::-1]
