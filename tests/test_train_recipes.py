@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from synthetic_shards import write_colours
 
 from biomedclip.config import config_file, load_config
@@ -59,12 +61,21 @@ def test_recipes_name_models_that_exist():
             find_origin(model.name, random_init=model.init == "random")
 
 
-def test_the_smoke_recipe_runs_and_leaves_everything(tmp_path):
+def test_the_smoke_recipe_runs_and_batch_norm_stays_where_it_is_frozen(tmp_path):
     from biomedclip.training.train import train
 
     write_colours(tmp_path / "colours")
     config = load_config(PATHS["smoke"], TrainConfig, [f"data.sources.0.path={tmp_path / 'colours'}"])
     run = train(config, tmp_path / "run")
+    continual = config.continual.model_copy(update={"freeze_batch_norm": True})
+    held = train(config.model_copy(update={"continual": continual}), tmp_path / "held")
     assert run.steps == 4
     found = {path.name for path in run.folder.iterdir()}
+    for folder, frozen in ((run, False), (held, True)):
+        start, end = (load_file(path / "open_clip_model.safetensors") for path in (folder.start, folder.final))
+        statistics = [name for name in start if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+        assert len(statistics) > 30
+        assert all(torch.equal(start[name], end[name]) for name in statistics) == frozen
+        trained = "visual.trunk.bn1.weight"
+        assert not torch.equal(start[trained], end[trained])
     assert {"start", "final", "ema", "ensemble", "checkpoints", "metrics.csv", "done.json"} <= found

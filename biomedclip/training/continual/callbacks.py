@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from biomedclip.runs import Run
 from biomedclip.training.config import TrainConfig
@@ -32,6 +34,8 @@ def continual_callbacks(
     sections = (settings.ema, settings.ensemble) if settings else ()
     averages = [AverageWeights(section, run.folder, export) for section in sections if section]
     callbacks: list[Callback] = [*averages]
+    if settings and settings.freeze_batch_norm:
+        callbacks.append(FreezeBatchNorm())
     if config.guard:
         callbacks.append(GuardSpikes(run, config.guard))
     validation = config.validation
@@ -43,3 +47,13 @@ def continual_callbacks(
             )
         )  # fmt: skip
     return callbacks
+
+
+class FreezeBatchNorm(Callback):
+    """Keeps batch norm in evaluation mode while everything else trains: its statistics stay those of the start."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before each step, because whatever validates puts the whole model back into training mode."""
+        for module in pl_module.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()

@@ -119,6 +119,14 @@ class ContinualConfig(Config):
     ewc: EwcConfig | None = None
     ema: EmaConfig | None = None
     ensemble: EnsembleConfig | None = None
+    freeze_batch_norm: bool = False
+    """Batch norm keeps the statistics it starts with and normalises by them: in a convolutional tower they follow the
+    new pictures within a few dozen steps, and the old ones are lost with them. Its weights are trained all the same."""
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether a method reads all weights of the model, which sharded training spreads over processes."""
+        return any((self.l2_sp, self.ewc, self.ema, self.ensemble))
 
     @model_validator(mode="after")
     def _teacher_is_used(self) -> ContinualConfig:

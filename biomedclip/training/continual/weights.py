@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from biomedclip.errors import CheckpointError
 from biomedclip.files import write_bytes
 from biomedclip.models.export import WEIGHTS_FILE
-from biomedclip.training.gather import rank, world_size
+from biomedclip.training.gather import gather_rows, rank, world_size
 from biomedclip.training.objectives.softmax import clip_loss
 from biomedclip.training.terms import StepTensors
+from biomedclip.training.towers import encode_text
 
 FISHER_FILE = "fisher.safetensors"
 
@@ -51,8 +52,8 @@ def estimate_fisher(model: nn.Module, batches: Iterable[BatchT], loss: Callable[
     """Mean over batches of the squared gradient of the batch's loss, by parameter name: the diagonal F of EWC.
 
     A contrastive loss has no gradient of a single sample (its negatives are the batch), so F is that of batches, as in
-    CTP's EWC baseline (arXiv 2308.07146, code); its size depends on the batch size. Gradients that parameters hold are
-    left alone. Raises ValueError where there is no batch.
+    CTP's EWC baseline (arXiv 2308.07146, code); its size depends on the batch size. In several processes the
+    mean of `loss` over them is that of the global batch. Gradients that parameters hold are left alone. Raises ValueError where there is no batch.
     """
     parameters = trained_parameters(model)
     fisher = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
@@ -61,6 +62,9 @@ def estimate_fisher(model: nn.Module, batches: Iterable[BatchT], loss: Callable[
         gradients = torch.autograd.grad(loss(batch), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
+                if world_size() > 1:
+                    torch.distributed.all_reduce(gradient)
+                    gradient = gradient / world_size()
                 fisher[name] += gradient.float().square()
         count += 1
     if not count:
@@ -96,18 +100,16 @@ def load_fisher(
     model.eval()  # batch norm must not count these batches
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        image = model.encode_image(step.normalise(batch[0]), normalize=True)
-        return clip_loss(image, model.encode_text(batch[1], normalize=True), model.logit_scale.exp())
+        image = nn.functional.normalize(model.encode_image(step.normalise(batch[0])).float(), dim=1)
+        text = nn.functional.normalize(encode_text(model, batch[1]).float(), dim=1)
+        scale = model.logit_scale.exp().reshape(())
+        return clip_loss(image, gather_rows(text), scale, first_row=rank() * len(image))
 
     try:
         with torch.enable_grad():
             fisher = estimate_fisher(model, batches(), loss)
     finally:
         model.train(was_training)
-    if world_size() > 1:
-        for tensor in fisher.values():
-            torch.distributed.all_reduce(tensor)
-            tensor /= world_size()
     if rank() == 0:
         write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in fisher.items()}))
     return fisher
