@@ -204,6 +204,38 @@ def test_pushing_asks_the_licence_first(tmp_path):
     check_may_push(parts, private=False)
 
 
+def test_an_export_is_pushed_in_one_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, *, private, exist_ok):
+            calls.append((repo, private, exist_ok))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            return huggingface_hub.CommitInfo(
+                commit_url="https://huggingface.co/me/x/commit/1", commit_message="m", commit_description="", oid="1"
+            )
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    tiny = write_tiny_model(tmp_path / "tiny")
+    arguments = ["models", "export", str(tiny), "--format", "open_clip", "--out", str(tmp_path / "oc")]
+    done = CliRunner().invoke(cli.app, [*arguments, "--push", "me/x", "--private"])
+    assert done.output.splitlines()[-1] == "https://huggingface.co/me/x/commit/1"
+    assert calls == [("me/x", True, True), ("me/x", ["open_clip_config.json", "open_clip_model.safetensors"])]
+
+
+def test_a_push_without_a_token_says_how_to_log_in(tmp_path):
+    from biomedclip.models.push import push_folder
+
+    with pytest.raises(CheckpointError, match=r"me/x: could not be written.*hf auth login"):
+        push_folder(tmp_path, "me/x", private=True)
+    with pytest.raises(CheckpointError, match="is no name of a Hub repository"):
+        push_folder(tmp_path, "a/b/c", private=True)
+
+
 @pytest.mark.parametrize("name", list_names())
 def test_the_card_of_every_zoo_model_is_its_facts(name):
     path = ROOT / "model_cards" / f"{name}.md"

@@ -6,6 +6,7 @@ other library or by hand, never by our key rules.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import re
@@ -24,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from biomedclip.errors import CheckpointError, ConfigError, DataError
 from biomedclip.models.build import assemble
 from biomedclip.models.catalog import list_names, plain_facts
-from biomedclip.models.load import released_parts
+from biomedclip.models.load import find_origin, released_parts
 from biomedclip.models.preprocess import ImageTransform, open_clip_config, transform_from_open_clip
 from biomedclip.models.zoo import find_model, read_model, read_zoo, require_model
 
@@ -152,6 +153,73 @@ def test_a_numpy_pickle_of_a_model_that_does_not_allow_it_is_refused(tmp_path):
     torch.save({"state_dict": {"x": torch.ones(1)}, "lr": np.float64(1.0)}, tmp_path / "pathgenclip.pt")
     with pytest.raises(CheckpointError, match=r"more than tensors.*numpy"):
         load_small(facts, tmp_path / "pathgenclip.pt")
+
+
+def test_a_pickle_with_more_is_opened_only_where_the_caller_trusts_it(tmp_path):
+    facts = shrink("pathgen-clip")
+    torch.manual_seed(1)
+    theirs = open_clip.CLIP(**facts.architecture.config)
+    path = tmp_path / "pathgenclip.pt"
+    torch.save({"state_dict": theirs.state_dict(), "args": argparse.Namespace(lr=1.0)}, path)
+    with pytest.raises(CheckpointError, match=r"it names argparse.Namespace\); .*trust_pickle=True"):
+        load_small(facts, path)
+    model = assemble(released_parts(facts, checkpoint=path), trust_pickle=True)[0]
+    assert torch.equal(model.ln_final.weight, theirs.ln_final.weight)
+
+
+def test_the_file_of_another_model_is_told_by_its_keys_or_shapes(tmp_path):
+    facts = shrink("pathgen-clip")
+    torch.manual_seed(1)
+    whole = open_clip.CLIP(**facts.architecture.config).state_dict()
+    path = tmp_path / "pathgenclip.pt"
+    torch.save(whole, path)
+    with pytest.raises(
+        CheckpointError, match=r"pathgenclip.pt: has no key for the rule 'concat.*OpenAI's or open_clip's"
+    ):
+        load_small(shrink("plip"), path)
+    torch.save(
+        {key: tensor for key, tensor in whole.items() if key != "ln_final.bias"} | {"extra": torch.ones(1)}, path
+    )
+    with pytest.raises(
+        CheckpointError, match=r"1 keys are missing, 1 keys are unknown \(found no ln_final.bias; unknown"
+    ):
+        load_small(facts, path)
+    torch.save({**whole, "visual.proj": torch.ones(3, 3)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"1 keys have another shape \(found visual.proj is \(3, 3\), not \(32, 16"
+    ):
+        load_small(facts, path)
+
+
+def test_dtype_and_training_s_view_of_a_released_model(tmp_path):
+    facts = shrink("pathgen-clip")
+    torch.manual_seed(1)
+    path = write_file(facts, open_clip.CLIP(**facts.architecture.config).half().state_dict(), tmp_path)
+    model = load_small(facts, path)[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, "half weights run as the model's own type"
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.training
+    half = assemble(released_parts(facts, checkpoint=path), dtype=torch.bfloat16)[0]
+    assert half.visual.proj.dtype == torch.bfloat16
+    origin = find_origin("unimed-clip-b16")
+    assert origin.model_cfg["quick_gelu"] is True
+    assert origin.model_cfg["text_cfg"]["hf_proj_type"] == "mlp"
+    with pytest.raises(CheckpointError, match="has towers that open_clip cannot express"):
+        find_origin("medsiglip")
+
+
+def test_weights_mapped_from_a_file_can_be_trained_and_the_file_stays(tmp_path):
+    facts = shrink("pathgen-clip")
+    torch.manual_seed(1)
+    path = write_file(facts, open_clip.CLIP(**facts.architecture.config).state_dict(), tmp_path)
+    before = path.read_bytes()
+    model, _, tokenizer = load_small(facts, path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = (model.encode_image(torch.rand(2, 3, 32, 32)) * model.encode_text(tokenizer(["a", "b"]))).sum()
+    loss.backward()
+    optimizer.step()
+    assert path.read_bytes() == before
+    assert not torch.equal(model.ln_final.weight, torch.load(path)["ln_final.weight"])
 
 
 def test_medsiglip_gives_transformers_outputs_and_its_text_is_always_padded(tmp_path):

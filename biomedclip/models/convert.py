@@ -43,10 +43,28 @@ def convert(tensors: Mapping[str, Tensor], rules: Sequence[Rule], where: str) ->
         if not touched and len(changes.dropped) + len(changes.filled) == before and not rule.optional:
             raise CheckpointError(
                 where, f"has no key for the rule '{rule.verb}: {getattr(rule, rule.verb)}'",
-                found=", ".join(list(tensors)[:3]) or "no keys", todo="check that it is this model's file",
+                found=describe_keys(tensors), todo="check that it is this model's file",
             )  # fmt: skip
     changes.renamed = len([key for key in result if key not in tensors and key not in changes.filled])
     return result, changes
+
+
+def describe_keys(tensors: Mapping[str, Tensor]) -> str:
+    """Whose names a file's keys are, as far as they tell, and the first of them."""
+    style = next(
+        (name for pattern, name in _STYLES if any(re.search(pattern, key) for key in tensors)), "unknown names"
+    )
+    return f"{len(tensors)} keys, {style}, first {next(iter(tensors), 'none')}"
+
+
+_STYLES = (
+    (r"^module\.", "a training checkpoint of several devices"),
+    (r"^(text|vision)_model\.(encoder|embeddings)\.", "transformers' CLIP or SigLIP"),
+    (r"^visual\.trunk\.", "open_clip with a timm image tower"),
+    (r"^visual\.(transformer|layer1)\.", "OpenAI's or open_clip's CLIP"),
+    (r"^_orig_mod\.", "a compiled model"),
+    (r"^model\.", "a Lightning checkpoint or a wrapper"),
+)
 
 
 def expand(rules: Sequence[Rule]) -> list[Rule]:
