@@ -33,17 +33,20 @@ class LayoutFile:
 
     def tensors(self, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
         """The file's tensors with small random numbers (variances positive), or on the meta device."""
-        generator = torch.Generator().manual_seed(seed)
+        # One pool of numbers, read from another place for each tensor: drawing a billion of them takes minutes.
+        pool = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)) * 0.05
         made = {}
-        for key, (shape, dtype, arange) in self.keys.items():
+        for index, (key, (shape, dtype, arange)) in enumerate(self.keys.items()):
+            count = math.prod(shape)
             if device == "meta":
                 made[key] = torch.empty(shape, dtype=dtype, device="meta")
             elif arange:
-                made[key] = torch.arange(math.prod(shape), dtype=dtype).reshape(shape)
+                made[key] = torch.arange(count, dtype=dtype).reshape(shape)
             elif not dtype.is_floating_point:
                 made[key] = torch.ones(shape, dtype=dtype)
             else:
-                made[key] = torch.randn(shape, generator=generator, dtype=dtype) * 0.05
+                turned = pool.roll(-7919 * index)
+                made[key] = turned.repeat(-(-count // len(pool)))[:count].reshape(shape).clone()
                 if key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
                     made[key] = made[key].abs() + 0.5
         return made

@@ -43,6 +43,7 @@ def check(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list_names())
 def test_every_model_loads_whole_from_its_published_files(name, tmp_path):
     try:
