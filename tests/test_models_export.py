@@ -13,7 +13,7 @@ from hub_server import Repo
 from PIL import Image
 from safetensors.torch import load_file
 from test_models_hub import VOCABULARY, hub, tiny_biomedclip  # noqa: F401  (a fixture)
-from test_models_zoo import shrink, write_file
+from test_models_zoo import shrink, small_medsiglip, write_file
 from tiny_model import write_tiny_model
 from typer.testing import CliRunner
 
@@ -120,6 +120,21 @@ def test_a_vit_beside_a_bert_brings_its_own_code_and_gives_equal_outputs(tmp_pat
         Image.linear_gradient("L").convert("RGB"), candidate_labels=["lung", "chest"], hypothesis_template="a {}"
     )
     assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_siglip_becomes_transformers_siglip(tmp_path):
+    from transformers import AutoModel, AutoProcessor
+
+    facts, published = small_medsiglip(tmp_path)
+    parts = released_parts(facts, checkpoint=tmp_path / "model.safetensors", local_files_only=True)
+    loaded = assemble(parts)
+    folder = export_transformers(loaded[0], parts, tmp_path / "hf")
+    theirs = AutoModel.from_pretrained(folder).eval()
+    for key, tensor in published.state_dict().items():
+        assert torch.equal(theirs.state_dict()[key], tensor), key
+    processor = AutoProcessor.from_pretrained(folder)
+    ids = processor.tokenizer(TEXTS, padding="max_length", max_length=64, return_tensors="pt").input_ids
+    assert torch.equal(ids, loaded[2](TEXTS))
 
 
 def test_what_transformers_cannot_say_is_refused_with_the_reason(tmp_path):

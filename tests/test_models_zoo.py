@@ -222,23 +222,28 @@ def test_weights_mapped_from_a_file_can_be_trained_and_the_file_stays(tmp_path):
     assert not torch.equal(model.ln_final.weight, torch.load(path)["ln_final.weight"])
 
 
-def test_medsiglip_gives_transformers_outputs_and_its_text_is_always_padded(tmp_path):
+def small_medsiglip(folder):
+    """MedSigLIP's facts with small towers, transformers' model of the same, and the folder with its files."""
     from transformers import SiglipConfig, SiglipModel
 
     facts = read_model("medsiglip")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 28, "patch_size": 14}
     text = {**sizes, "vocab_size": 64, "max_position_embeddings": 64, "projection_size": 32}
-    architecture = facts.architecture.model_copy(update={"config": {"vision": vision, "text": text}})
     torch.manual_seed(1)
     ids = {"bos_token_id": None, "eos_token_id": None}
     theirs = SiglipModel(SiglipConfig(text_config={**text, **ids}, vision_config=vision)).eval()
     with torch.no_grad():
         theirs.logit_scale.fill_(3.0)
         theirs.logit_bias.fill_(-9.0)
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    write_siglip_tokenizer(tmp_path / "tokenizer.json")
-    small = facts.model_copy(update={"architecture": architecture})
+    save_file(theirs.state_dict(), folder / "model.safetensors")
+    write_siglip_tokenizer(folder / "tokenizer.json")
+    architecture = facts.architecture.model_copy(update={"config": {"vision": vision, "text": text}})
+    return facts.model_copy(update={"architecture": architecture}), theirs
+
+
+def test_medsiglip_gives_transformers_outputs_and_its_text_is_always_padded(tmp_path):
+    small, theirs = small_medsiglip(tmp_path)
     model, _, tokenizer = load_small(small, tmp_path / "model.safetensors")
     images, tokens = torch.rand(2, 3, 28, 28), tokenizer(["a lung", "a b c d e f"])
     assert tokens.shape == (2, 64)
@@ -249,7 +254,7 @@ def test_medsiglip_gives_transformers_outputs_and_its_text_is_always_padded(tmp_
         torch.testing.assert_close(sentence, output.text_embeds, rtol=1e-5, atol=1e-6)
         logits = model.logit_scale.exp() * image @ sentence.T + model.logit_bias
         torch.testing.assert_close(logits, output.logits_per_image, rtol=1e-4, atol=1e-4)
-    assert facts.scoring.kind == "sigmoid"
+    assert small.scoring.kind == "sigmoid"
 
 
 def write_siglip_tokenizer(path):
