@@ -215,6 +215,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault
+@pytest.mark.timeout(400)  # 21 processes that import torch
 def test_killed_anywhere_a_run_goes_on_with_the_same_samples_in_every_topology(tmp_path):
     write_colours(tmp_path / "colours")
     write_articles(tmp_path / "articles")

@@ -29,7 +29,10 @@ def read_peers(path: Path) -> tuple[str, ...]:
 
 def make_peer_python(name: str, peers: tuple[str, ...]) -> Path:
     """Python of an environment that holds the peers; made once for each list of peers."""
-    folder = ROOT / ".bench" / f"{name}-{hashlib.sha256(repr(peers).encode()).hexdigest()[:8]}"
+    identity = hashlib.sha256(repr(peers).encode()).hexdigest()[:8]
+    # Benchmarks with the same peers share their environment, which may be gigabytes.
+    made = [path for path in (ROOT / ".bench").glob(f"*-{identity}") if (path / ".ready").exists()]
+    folder = made[0] if made else ROOT / ".bench" / f"{name}-{identity}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     if not ready.exists():
         print(f"installing {', '.join(peers)} into {folder.relative_to(ROOT)}", file=sys.stderr)

@@ -1,8 +1,7 @@
 """Our side of the stream benchmarks: one measurement in a process of its own, prints one JSON value.
 
 stream_ours.py loader FOLDER BATCH WORKERS WORDPIECE   the loader, one epoch
-stream_ours.py tar FOLDER                              bytes alone, in random order
-stream_ours.py tokens CAPTIONS WORDPIECE               the tokenisers, batch by batch
+stream_ours.py parts FOLDER CAPTIONS WORDPIECE         bytes alone, in random order; the tokenisers, batch by batch
 stream_ours.py memory FOLDER EPOCHS                    memory of all processes, epoch by epoch
 stream_ours.py digest BASE CACHE                       keys and pixels of every sample, wherever BASE points
 """
@@ -11,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -34,18 +34,31 @@ def open_samples(folder, batch, tokenizer, **options):
     )  # fmt: skip
 
 
+def parts(folder, captions, wordpiece):
+    """Microseconds a sample of bytes; captions a second."""
+    return {"tar": tar(folder), **tokens(captions, wordpiece)}
+
+
 def loader(folder, batch, workers, wordpiece):
     """Samples a second over one epoch from asking for the iterator to the last batch, and seconds to the first one."""
     torch.set_num_threads(1)
     samples = open_samples(folder, batch, HFTokenizer(wordpiece, context_length=256))
     steps = len(samples.rows[0]) // int(batch)
+    cpu = cpu_s()
     first, seen, start = 0.0, 0, time.perf_counter()
     for rows in StreamLoader(samples, max_steps=steps, workers=int(workers)):
         first = first or time.perf_counter() - start
         seen += len(rows["image"])
         assert rows["image"].shape[1:] == (3, SIZE_PX, SIZE_PX)
         assert rows["text"].shape[1] <= 256
-    return {"samples_s": seen / (time.perf_counter() - start), "first_s": first}
+    rate = seen / (time.perf_counter() - start)
+    return {"samples_s": rate, "first_s": first, "cpu_ms": (cpu_s() - cpu) / seen * 1e3}
+
+
+def cpu_s():
+    """CPU seconds of this process and of the reading processes that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in used)
 
 
 def tar(folder):
@@ -110,5 +123,5 @@ def digest(base, cache):
 
 
 if __name__ == "__main__":
-    work = {"loader": loader, "tar": tar, "tokens": tokens, "memory": memory, "digest": digest}[sys.argv[1]]
+    work = {"loader": loader, "parts": parts, "memory": memory, "digest": digest}[sys.argv[1]]
     print(json.dumps(work(*sys.argv[2:])))

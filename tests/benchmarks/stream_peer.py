@@ -1,13 +1,14 @@
 """The peers' side of the stream benchmarks: run by their own Python, prints one JSON value, imports nothing of ours.
 
-    stream_peer.py loader TARS COUNT BATCH WORKERS WORDPIECE   open_clip_train's loader
-    stream_peer.py tar TARS                                    webdataset, bytes alone
-    stream_peer.py tokens CAPTIONS WORDPIECE                   open_clip's tokenizers
-    stream_peer.py shuffle ARTICLES BATCH                      webdataset's shuffle as open_clip_train sets it
+stream_peer.py loader TARS COUNT BATCH WORKERS WORDPIECE   open_clip_train's loader
+stream_peer.py parts TARS CAPTIONS WORDPIECE               webdataset, bytes alone; open_clip's tokenizers
+stream_peer.py shuffle ARTICLES BATCH                      webdataset's shuffle as open_clip_train sets it
 """
 
+import gc
 import json
 import random
+import resource
 import sys
 import time
 import warnings
@@ -15,6 +16,11 @@ from argparse import Namespace
 
 warnings.simplefilter("ignore")
 SIZE_PX = 224
+
+
+def parts(tars, captions, wordpiece):
+    """Microseconds a sample of bytes; captions a second."""
+    return {"tar": tar(tars), **tokens(captions, wordpiece)}
 
 
 def loader(tars, count, batch, workers, wordpiece):
@@ -31,13 +37,23 @@ def loader(tars, count, batch, workers, wordpiece):
     )  # fmt: skip
     tokenizer = HFTokenizer(wordpiece, context_length=256)
     data = get_wds_dataset(args, image_transform(SIZE_PX, is_train=True), True, tokenizer=tokenizer)
+    cpu = cpu_s()
     first, seen, start = 0.0, 0, time.perf_counter()
     for images, texts in data.dataloader:
         first = first or time.perf_counter() - start
         seen += len(images)
         assert images.shape[1:] == (3, SIZE_PX, SIZE_PX)
         assert texts.shape[1] == 256
-    return {"samples_s": seen / (time.perf_counter() - start), "first_s": first}
+    rate = seen / (time.perf_counter() - start)
+    del data  # its reading processes would stay
+    gc.collect()
+    return {"samples_s": rate, "first_s": first, "cpu_ms": (cpu_s() - cpu) / seen * 1e3}
+
+
+def cpu_s():
+    """CPU seconds of this process and of the reading processes that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in used)
 
 
 def tar(tars):
@@ -90,5 +106,5 @@ def shuffle(articles, batch):
 
 
 if __name__ == "__main__":
-    work = {"loader": loader, "tar": tar, "tokens": tokens, "shuffle": shuffle}[sys.argv[1]]
+    work = {"loader": loader, "parts": parts, "shuffle": shuffle}[sys.argv[1]]
     print(json.dumps(work(*sys.argv[2:])))
