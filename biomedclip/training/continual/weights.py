@@ -52,8 +52,9 @@ def estimate_fisher(model: nn.Module, batches: Iterable[BatchT], loss: Callable[
     """Mean over batches of the squared gradient of the batch's loss, by parameter name: the diagonal F of EWC.
 
     A contrastive loss has no gradient of a single sample (its negatives are the batch), so F is that of batches, as in
-    CTP's EWC baseline (arXiv 2308.07146, code); its size depends on the batch size. In several processes the
-    mean of `loss` over them is that of the global batch. Gradients that parameters hold are left alone. Raises ValueError where there is no batch.
+    CTP's EWC baseline (arXiv 2308.07146, code); its size depends on the batch size. In several processes the mean of
+    `loss` over them is that of the global batch. Gradients that parameters hold are left alone. Raises ValueError where
+    there is no batch.
     """
     parameters = trained_parameters(model)
     fisher = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
