@@ -78,12 +78,15 @@ class Samples(Dataset[dict[str, Any]]):
         many; every epoch of other sources draws anew."""
         self.passed_over: Mapping[tuple[int, int], tuple[str, str]] = {}
         """(source, row) -> reason and detail of samples that are not tried, because the run could not read them."""
+        self.second_captions = False
+        """Whether a batch holds `second_text` too: another of each sample's captions, its own where it has one only."""
         self.max_steps: int | None = None
         """Batches from here on are not asked for, so not read ahead either."""
 
     def _open(self, rows: Rows) -> Shards:
         mix = rows.source.captions
-        return open_shards(rows.place, rows.columns, self._fetcher, sidecars=mix is not None and mix.needs_sidecar)
+        members = ("image", "text", "json") if mix is not None and mix.needs_sidecar else ("image", "text")
+        return open_shards(rows.place, rows.columns, self._fetcher, members)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         picks = self._picks(step)
@@ -92,15 +95,20 @@ class Samples(Dataset[dict[str, Any]]):
         pixels = _empty_pixels(len(picks), size)
         planes = pixels.numpy()
         captions: list[str] = []
+        others: list[str] = []
         final: list[Pick] = []
         bad: list[Unreadable] = []
         for place, wanted in enumerate(picks):
             pick, image, caption = self._read(step, place, wanted, bad)
             planes[place] = image.transpose(2, 0, 1)
             captions.append(caption)
+            if self.second_captions:
+                others.append(self._second_caption(pick, caption))
             final.append(pick)
         self._release(step, picks)
+        second = {"second_text": self.tokenise(others)} if self.second_captions else {}
         return {
+            **second,
             "image": pixels,
             "text": self.tokenise(captions),
             "labels": self._labels(final),
@@ -183,6 +191,10 @@ class Samples(Dataset[dict[str, Any]]):
             where = f"{self.rows[pick.source].place.where}: {key}"
             raise NoCaption(where, "has no readable caption", found=str(error)[:80]) from None
         return sample_caption(texts, mix, self.seed, key, epoch)
+
+    def _second_caption(self, pick: Pick, first: str) -> str:
+        others = [caption for caption in self._captions(pick) if caption != first]
+        return choose_caption(others, self.seed, "second", self._key(pick), pick.epoch) if others else first
 
     def _captions(self, pick: Pick) -> list[str]:
         columns = self.rows[pick.source].columns

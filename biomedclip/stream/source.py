@@ -14,7 +14,7 @@ import os
 import re
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ from biomedclip.stream.index import ShardFact, expand_tars, index_tars
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_SPANS = {member: (f"{member}_offset", f"{member}_size") for member in ("image", "text", "json")}
+_PAIR = ("image", "text")
 
 MAX_OPEN = 64
 """Shards kept open by a reading process."""
@@ -171,20 +174,19 @@ def mirror_dataset(url: str, fetcher: Fetcher, *, articles: bool = False) -> Pat
 
 
 def open_shards(
-    place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, *, sidecars: bool = False
+    place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, members: Sequence[str] = _PAIR
 ) -> Shards:
-    """The bytes of the samples whose columns these are. With `sidecars` all their .json are read, too, not only those
-    that hold several captions."""
+    """The bytes of the samples whose columns these are. `members` are read together, because all will be asked for."""
     if is_remote(place.base) or any(map(is_remote, place.shards)):
-        return RemoteShards(place, columns, fetcher, sidecars=sidecars)
-    return LocalShards(place, columns)
+        return RemoteShards(place, columns, fetcher, members)
+    return LocalShards(place, columns, members)
 
 
 class LocalShards:
     """Positional reads from tars on this machine, one for picture and caption: they lie next to each other."""
 
-    def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]]) -> None:
-        self._base, self._columns, self._facts = place.base, columns, place.shards
+    def __init__(self, place: Place, columns: Mapping[str, Sequence[Any]], members: Sequence[str] = _PAIR) -> None:
+        self._base, self._columns, self._facts, self._members = place.base, columns, place.shards, tuple(members)
         self._is_ours = place.dataset is not None
         self._files = OpenShards()
         self._paths: dict[str, Path] = {}
@@ -213,12 +215,13 @@ class LocalShards:
         return data[start - first : stop - first]
 
     def _load(self, row: int) -> _Held:
-        members = {member: _span_of(self._columns, row, (member,)) for member in ("image", "text")}
+        wanted = _present(self._columns, row, self._members)
+        members = {member: _span_of(self._columns, row, (member,)) for member in wanted}
         first, last = min(members.values())[0], max(stop for _, stop in members.values())
         if last - first > MAX_BLOCK:  # members far apart
             return _Held(row, 0, b"", {})
         data = self._pread(row, first, last)
-        if self._is_ours:
+        if self._is_ours and "text" in members:
             check_name(data, members["text"][0] - first, self._columns, row, self._where)
         return _Held(row, first, data, members)
 
@@ -253,10 +256,10 @@ class RemoteShards:
     """Ranges of tars at URLs: one range a sample, from its first needed member to its last."""
 
     def __init__(
-        self, place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, *, sidecars: bool = False
+        self, place: Place, columns: Mapping[str, Sequence[Any]], fetcher: FetcherHere, members: Sequence[str] = _PAIR
     ) -> None:
         self._base, self._columns, self._facts, self._fetcher = place.base, columns, place.shards, fetcher
-        self._is_ours, self._sidecars = place.dataset is not None, sidecars
+        self._is_ours, self._members = place.dataset is not None, tuple(members)
         self._pending: dict[int, Pending] = {}
         self._held: dict[int, bytes] = {}
         self._owner = os.getpid()
@@ -295,8 +298,9 @@ class RemoteShards:
 
     def _span(self, row: int) -> Span:
         columns = self._columns
-        many = columns["num_captions"][row] > 1 or (self._sidecars and columns["json_offset"][row] is not None)
-        start, stop = _span_of(columns, row, ("image", "text", "json") if many else ("image", "text"))
+        many = "image" in self._members and columns["num_captions"][row] > 1
+        members = {*self._members, "json"} if many else self._members
+        start, stop = _span_of(columns, row, _present(columns, row, members))
         shard = columns["shard"][row]
         fact = self._facts[shard]
         return Span(self._base + shard, start, stop, fact.version, fact.etag, fact.size)
@@ -385,8 +389,12 @@ def _close_all(files: OrderedDict[Path, BinaryIO]) -> None:
         files.popitem()[1].close()
 
 
-_SPANS = {member: (f"{member}_offset", f"{member}_size") for member in ("image", "text", "json")}
 _REPAIR = "the tar was changed after it was written; rebuild the dataset or fetch it again"
+
+
+def _present(columns: Mapping[str, Sequence[Any]], row: int, members: Collection[str]) -> list[str]:
+    """Those of the members that the row's sample has: foreign tars may lack the json."""
+    return [member for member in members if member != "json" or columns["json_offset"][row] is not None]
 
 
 def _span_of(columns: Mapping[str, Sequence[Any]], row: int, members: Sequence[str]) -> tuple[int, int]:
