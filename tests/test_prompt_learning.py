@@ -14,7 +14,8 @@ from biomedclip.evaluation.adapters.prompt_learning import (
     token_embedding,
     train_context,
 )
-from biomedclip.evaluation.adapters.wise import interpolate_weights, sweep_weights
+from biomedclip.evaluation.adapters.wise import choose_point, sweep_weights
+from biomedclip.training.wise import carrying, interpolate
 
 NAMES = ["red cell", "white cell", "platelet"]
 tokenizer = open_clip.SimpleTokenizer(context_length=16)
@@ -123,31 +124,31 @@ def test_a_tower_of_berts_kind_learns_too_and_one_without_tokens_is_refused():
         token_embedding(torch.nn.Linear(2, 2))
 
 
-def test_weights_lie_on_the_line_and_its_ends_are_exact():
+def test_a_sweep_measures_the_line_and_gives_the_model_back():
     torch.manual_seed(0)
-    a, b = (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)) for _ in range(2))
-    b[1].num_batches_tracked.fill_(7)
-    before, after = a.state_dict(), b.state_dict()
-    middle = interpolate_weights(before, after, 0.25)
-    assert torch.allclose(middle["0.weight"], 0.75 * before["0.weight"] + 0.25 * after["0.weight"])
-    assert int(middle["1.num_batches_tracked"]) == 7
-    for alpha, end in ((0, before), (1, after)):
-        assert torch.equal(interpolate_weights(before, after, alpha)["0.weight"], end["0.weight"])
-    half = {k: v.half() if v.is_floating_point() else v for k, v in before.items()}
-    assert interpolate_weights(half, half, 0.3)["0.weight"].dtype == torch.float16
-
-
-def test_a_sweep_restores_the_model_and_unlike_models_are_refused():
-    torch.manual_seed(0)
-    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    own = torch.nn.Linear(3, 2)
+    a, b, own = (torch.nn.Linear(3, 2) for _ in range(3))
     kept = own.weight.detach().clone()
-    curve = list(sweep_weights(own, a.state_dict(), b.state_dict(), lambda m: {"w": float(m.weight.detach()[0, 0])},
-                               alphas=(0, 0.5, 1)))  # fmt: skip
+    curve = list(
+        sweep_weights(
+            lambda alpha: carrying(own, interpolate(a.state_dict(), b.state_dict(), alpha)),
+            lambda: {"w": float(own.weight.detach()[0, 0])},
+            alphas=(0, 0.5, 1),
+        )
+    )
     values = [value["w"] for _, value in curve]
-    assert values[1] == pytest.approx((values[0] + values[2]) / 2)
+    assert values == pytest.approx(
+        [float(m.detach()) for m in (a.weight[0, 0], (a.weight + b.weight)[0, 0] / 2, b.weight[0, 0])]
+    )
     assert torch.equal(own.weight, kept)
-    with pytest.raises(CheckpointError, match="one model only"):
-        interpolate_weights(a.state_dict(), torch.nn.Linear(3, 2, bias=False).state_dict(), 0.5)
-    with pytest.raises(CheckpointError, match="two shapes"):
-        interpolate_weights(a.state_dict(), torch.nn.Linear(4, 2).state_dict(), 0.5)
+
+
+def test_a_point_is_chosen_on_validation_among_those_that_keep_enough():
+    curve = [(0.0, {"in": 0.5, "out": 0.9}), (0.5, {"in": 0.7, "out": 0.85}), (1.0, {"in": 0.8, "out": 0.6})]
+    assert choose_point(curve, "in", split="val").hparams == {"alpha": 1.0}
+    found = choose_point(curve, "in", split="val", keep={"out": 0.8})
+    assert (found.hparams, found.score) == ({"alpha": 0.5}, 0.7)
+    with pytest.raises(DataError, match="no point keeps"):
+        choose_point(curve, "in", split="val", keep={"out": 0.95})
+    with pytest.raises(ConfigError, match="split that is scored"):
+        choose_point(curve, "in", split="test")
+    assert choose_point(curve, "in", split="test", allow_test=True).describe()["tags"] == ["selected_on_test"]

@@ -37,6 +37,10 @@ class EvaluateConfig(Config):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read images; 0 reads in the main process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the image tower computes in; published numbers are float32, and half precision ties close scores."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes that share the images, one GPU each on cuda."""
     cache: str | None = None
     """Folder of image embeddings kept between runs; none by default."""
     max_excluded: Annotated[float, Field(ge=0, lt=1)] = 0.01

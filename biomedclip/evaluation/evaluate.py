@@ -184,7 +184,8 @@ def _run(plan: _Plan, encoder: Encoder, config: EvaluateConfig, out: str | Path,
     task = plan.task
     images = embed_images(
         encoder.model, encoder.preprocess, plan.manifest, batch_size=config.batch_size, workers=config.workers,
-        device=encoder.device, max_excluded=config.max_excluded, cache=config.cache,
+        device=encoder.device, precision=config.precision, processes=config.processes,
+        max_excluded=config.max_excluded, cache=config.cache,
         model_hash=encoder.fingerprint, progress=progress,
     )  # fmt: skip
     readable = dict(zip(images.sample_ids, images.vectors, strict=True))
@@ -271,7 +272,7 @@ def _describe(
             "fingerprint": encoder.fingerprint,
             "preprocess": describe_preprocess(encoder.preprocess),
             "logit_scale": encoder.logit_scale,
-            "precision": "float32",
+            "precision": config.precision,
         },
         "dataset": {
             "split": task.split,
