@@ -159,6 +159,21 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+def test_alip_reads_a_second_caption_of_each_sample(folders, tmp_path):
+    from biomedclip.training.train import _build
+
+    settings = config(folders, loss={"name": "alip"}, max_steps=3)
+    batch = next(iter(_build(settings)[3].train_loader))
+    both = {tuple(row.tolist()) for name in ("text", "second_text") for row in batch[name]}
+    places = [n for n, source in enumerate(batch["source"]) if source == "colours"]
+    assert not any(torch.equal(batch["text"][n], batch["second_text"][n]) for n in places)
+    assert all(torch.equal(batch["text"][n], batch["second_text"][n]) for n in range(8) if n not in places)
+    assert len(both) > len(places)
+    state = torch.load(train(settings, tmp_path / "r").folder / "checkpoints" / "step-00000002" / "trainer.ckpt",
+                       weights_only=True)  # fmt: skip
+    assert torch.isfinite(state["state_dict"]["objective.means"]).all()
+
+
 def cut_back(folder, last):
     """An interrupted run: what came after the checkpoint of a step is gone."""
     (folder / "done.json").unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from biomedclip.stream.decode import Geometry
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
 from biomedclip.stream.plan import Pick
 from biomedclip.stream.text import Tokenise
+from biomedclip.stream.unindexed import UnindexedSamples
 from biomedclip.training.config import TrainConfig
-from biomedclip.training.plans import stream_sources
+from biomedclip.training.plans import stream_sources, unindexed_sources
 
 
 class StreamData(LightningDataModule):
@@ -30,14 +31,16 @@ class StreamData(LightningDataModule):
         super().__init__()
         self.config, self.geometry, self.tokenise = config, geometry, tokenise
         samples = Samples(
-            stream_sources(config.data), batch_size=config.batch_size, seed=config.seed, geometry=geometry,
+            stream_sources(config.data), batch_size=config.data.planned(config.batch_size), seed=config.seed, geometry=geometry,
             tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
             size_exponent=config.data.size_exponent, fetch=config.data.fetch,
         )  # fmt: skip
+        samples.second_captions = config.loss.name == "alip"
         pinned = config.device != "cpu" and torch.cuda.is_available()
         self.train_loader = StreamLoader(
-            samples, max_steps=config.max_steps, workers=config.data.workers, pin_memory=pinned
-        )
+            samples, max_steps=config.max_steps, workers=config.data.workers, pin_memory=pinned,
+            unindexed=self._unindexed(),
+        )  # fmt: skip
         self.run_folder: Path | None = None
         """Where unreadable samples are noted; None: nowhere."""
 
@@ -46,8 +49,18 @@ class StreamData(LightningDataModule):
         if self.trainer is not None:
             samples = self.train_loader.samples
             samples.rank, samples.world_size = self.trainer.global_rank, self.trainer.world_size
+            if unindexed := self.train_loader.unindexed:
+                unindexed.rank, unindexed.world_size = samples.rank, samples.world_size
         if self.run_folder is not None:
             self.train_loader.keep_ledger(self.run_folder)
+
+    def _unindexed(self) -> UnindexedSamples | None:
+        config = self.config
+        count = config.batch_size - config.data.planned(config.batch_size)
+        return UnindexedSamples(
+            unindexed_sources(config.data), count=count, seed=config.seed, geometry=self.geometry,
+            tokenise=self.tokenise, world_size=config.devices * config.num_nodes,
+        ) if count else None  # fmt: skip
 
     def train_dataloader(self) -> StreamLoader:
         """The training batches, from the step the loader's state says."""
@@ -61,7 +74,7 @@ class StreamData(LightningDataModule):
         sources = [
             StreamSource(name=source.name, path=source.path, split="val")
             for source in self.config.data.sources
-            if splits[source.name].get("val")
+            if splits.get(source.name, {}).get("val")
         ]
         if not sources:
             return []

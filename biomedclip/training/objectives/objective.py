@@ -65,7 +65,7 @@ class Objective(nn.Module):
 
     def _alip(self, step: StepTensors, pairs: Pairs) -> tuple[Tensor, Tensor]:
         if step.second_text is None:
-            raise ConfigError("loss.name", "alip needs samples with two captions", todo="see docs/training.md")
+            raise ConfigError("loss.name", "alip needs samples with two captions", todo="pass second_text")
         image, text, second = step.image.detach(), step.text.detach(), step.second_text.detach()
         cosines = torch.stack([(text * second).sum(1), (image * text).sum(1), (image * second).sum(1)])
         if self.training:
