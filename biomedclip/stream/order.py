@@ -115,6 +115,9 @@ class Order:
             self._final.move_to_end(key)
         return self._final[key]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_own": OrderedDict(), "_final": OrderedDict()}
+
     def _epoch_end(self, epoch: int) -> _Window | None:
         """The last rows of an epoch, in the order that they keep whatever comes before them."""
         while epoch >= 0 and not len(self.windows(epoch).members):
