@@ -110,7 +110,7 @@ def test_a_clip_vit_with_biomedbert_and_two_linear_layers(name):
         same(model.encode_text(ids), references.biomed_text(plain, ids, prefix="text_encoder.", heads=4))
 
 
-@pytest.mark.parametrize("name", ["biomedclip", "quiltnet-b-16-pmb"])
+@pytest.mark.parametrize("name", ["biomedclip", pytest.param("quiltnet-b-16-pmb", marks=pytest.mark.slow)])
 def test_a_timm_vit_with_pubmedbert(name):
     facts = read_model(name)
     config = copy.deepcopy(facts.architecture.config)
