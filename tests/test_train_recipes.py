@@ -51,6 +51,7 @@ def test_numbers_that_follow_from_a_papers_epochs_are_what_they_say():
     assert load_config(PATHS["unimed-b16"], TrainConfig).max_steps == round(10 * 5_280_000 / 8192)
 
 
+@pytest.mark.slow  # open_clip and its list of models
 def test_recipes_name_models_that_exist():
     from biomedclip.models.load import find_origin
     from biomedclip.models.zoo import find_model
