@@ -12,7 +12,8 @@ from test_loader import make_samples, tokenise
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.stream.decode import Geometry
 from biomedclip.stream.loader import StreamLoader
-from biomedclip.stream.unindexed import UnindexedSamples, UnindexedSource, is_unindexed
+from biomedclip.stream.pipes import UnindexedSource, is_unindexed
+from biomedclip.stream.unindexed import UnindexedSamples
 
 GEOMETRY = Geometry(size_px=20, resize_mode="squash")
 
@@ -70,6 +71,7 @@ def test_processes_and_readers_share_the_tars_and_few_tars_by_sample(root):
         keys = []
         for rank in range(2):
             batches = list(make_loader(root, [piped(root, numbers=numbers)], rank=rank, world_size=2, steps=1))
+            assert len(batches[0]["key"]) == 4 + 2
             keys.append(set(batches[0]["key"][4:]))
         assert keys[0]
         assert not keys[0] & keys[1]
@@ -120,3 +122,54 @@ def test_standard_input_belongs_to_one_process(root):
         make_loader(root, [source], world_size=2)
     with pytest.raises(ConfigError, match="no standard input"):
         list(make_loader(root, [source], workers=1))
+
+
+def run_config(root, model, **source):
+    addresses = [f"pipe:cat {shlex.quote(str(root / 'tars'))}/{{00000..00002}}.tar"]
+    sources = [{"name": "colours", "path": str(root / "colours"), "weight": 3},
+               {"name": "piped", "shards": addresses, "allow_pipe": True} | source]  # fmt: skip
+    return {"model": {"name": str(model)}, "data": {"sources": sources}, "max_steps": 3, "batch_size": 8, "threads": 1}
+
+
+def test_a_run_trains_on_commands_too_and_says_so_before_and_after(root, tmp_path):
+    from tiny_model import write_tiny_model
+
+    from biomedclip.config import check_config
+    from biomedclip.training.config import TrainConfig
+    from biomedclip.training.preflight import forecast_run
+    from biomedclip.training.preflight_table import forecast_text
+    from biomedclip.training.train import train
+
+    write_tiny_model(tmp_path / "model")
+    config = check_config(run_config(root, tmp_path / "model"), TrainConfig, "test")
+    assert config.data.planned(8) == 6
+    found = forecast_run(config)
+    assert found.batch_size == 8
+    assert "piped: cannot be indexed" in forecast_text(found)
+    assert train(config, tmp_path / "run").steps == 3
+    assert "piped: cannot be indexed" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ({"where": "modality = 'CT'"}, "where cannot be asked of it"),
+        ({"weight": {0: 1, 5: 2}}, "its weight is one number"),
+    ],
+)
+def test_a_config_asks_of_commands_only_what_they_can_give(root, tmp_path, source, word):
+    from biomedclip.config import check_config
+    from biomedclip.training.config import TrainConfig
+
+    with pytest.raises(ConfigError, match=word):
+        check_config(run_config(root, tmp_path, **source), TrainConfig, "test")
+
+
+def test_commands_alone_are_no_data(root, tmp_path):
+    from biomedclip.config import check_config
+    from biomedclip.training.config import TrainConfig
+
+    values = run_config(root, tmp_path)
+    values["data"]["sources"] = values["data"]["sources"][1:]
+    with pytest.raises(ConfigError, match="needs one source that can be indexed"):
+        check_config(values, TrainConfig, "test")

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,12 +27,10 @@ from biomedclip.stream.faults import BrokenImage, NoCaption
 from biomedclip.stream.index import CAPTIONS, IMAGES
 from biomedclip.stream.ledger import Unreadable
 from biomedclip.stream.mixture import deal_slots
+from biomedclip.stream.pipes import UnindexedSource
 from biomedclip.stream.plan import draw_int
-from biomedclip.stream.presets import Augmentation, augmentation_for
+from biomedclip.stream.presets import augmentation_for
 from biomedclip.stream.text import Tokenise
-
-SCHEMES = ("pipe", "sftp", "ftps", "scp", "gs", "htgs", "ais")
-"""What webdataset opens and nothing else here does; `-` is standard input."""
 
 SHUFFLED = 1_000
 """Samples in memory from which a reading process draws the next one."""
@@ -43,31 +39,8 @@ MAX_BAD_RUN = 200
 """Samples in a row that may be unusable before the run stops."""
 
 
-def is_unindexed(address: str) -> bool:
-    """Whether tars at an address can only be read from their beginning."""
-    return address == "-" or re.match(rf"({'|'.join(SCHEMES)}):", address) is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnindexedSource:
-    """Tars that are read from their beginning, and their share of every batch."""
-
-    name: str
-    addresses: tuple[str, ...]
-    weight: float = 1.0
-    augmentation: str | Augmentation = "auto"
-    allow_pipe: bool = False
-    """Run the commands of `pipe:` addresses in a shell."""
-
-    @property
-    def notice(self) -> str:
-        """What a run must say of it."""
-        return (f"{self.name}: cannot be indexed and is read by webdataset: no exact resume, unknown size, articles "
-                "may meet in a batch")  # fmt: skip
-
-
 class UnindexedSamples(IterableDataset[dict[str, Any]]):
-    """The parts of batches that unindexed sources make up: `count` samples of each step in each process."""
+    """The parts of batches that unindexed sources make up: `count` samples of each step, over all processes."""
 
     def __init__(
         self,
@@ -96,6 +69,9 @@ class UnindexedSamples(IterableDataset[dict[str, Any]]):
         self.rank, self.world_size = rank, world_size
         self.first_step, self.max_steps = 0, 0
         """Steps that iterating yields, set by the loader."""
+        if count % world_size:
+            raise ConfigError("data.sources", "unindexed sources do not share a batch evenly between processes",
+                              found=f"{count} for {world_size}", todo="change batch_size or weights")  # fmt: skip
         self._pattern = deal_slots([source.weight for source in sources])
         self._bad: list[Unreadable] = []
         self._step = 0
@@ -116,8 +92,9 @@ class UnindexedSamples(IterableDataset[dict[str, Any]]):
         streams = [self._stream(source, reader, readers) for source in self.sources]
         for step in range(self.first_step + number, self.max_steps, workers):
             self._step, self._bad = step, []
-            first = (step * self.world_size + self.rank) * self.count
-            slots = [int(self._pattern[slot % len(self._pattern)]) for slot in range(first, first + self.count)]
+            first = step * self.count
+            own = range(first + self.rank, first + self.count, self.world_size)
+            slots = [int(self._pattern[slot % len(self._pattern)]) for slot in own]
             yield self._batch([(self.sources[source], *next(streams[source])) for source in slots])
 
     def _batch(self, found: Sequence[tuple[UnindexedSource, str, int, np.ndarray, str]]) -> dict[str, Any]:

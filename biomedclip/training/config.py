@@ -14,6 +14,7 @@ from biomedclip.config import Config
 from biomedclip.stream.captions import CaptionMix
 from biomedclip.stream.fetch import FetchConfig
 from biomedclip.stream.metaclip import KeepConfig
+from biomedclip.stream.pipes import is_unindexed
 from biomedclip.stream.presets import Augmentation, resolve_setting
 from biomedclip.training.continual.config import ContinualConfig, GuardConfig, ProbeConfig
 
@@ -62,6 +63,10 @@ class SourceConfig(Config):
     or there: `/data/{00000..00099}.tar`, `/data/*.tar`."""
     shards: tuple[str, ...] = ()
     """Foreign WebDataset tars as a list, instead of `path`."""
+    allow_pipe: bool = False
+    """Run the commands of `pipe:` addresses in a shell. Their tars, standard input (`-`) and `sftp:`, `ftps:`, `scp:`,
+    `gs:`, `htgs:` and `ais:` have no index: no exact resume, and of this source's settings only weight and augmentation
+    apply."""
     article_key: str | None = None
     """Foreign tars: the key of a sample's json that names its article, so that a batch holds one figure of each."""
     article_pattern: str | None = None
@@ -91,7 +96,23 @@ class SourceConfig(Config):
     def _says_where(self) -> SourceConfig:
         if bool(self.path) == bool(self.shards):
             raise ValueError("needs either path or shards")
+        if self.is_unindexed:
+            kept = {"name", "path", "shards", "allow_pipe", "weight", "augmentation"}
+            if wrong := sorted(self.model_fields_set - kept):
+                raise ValueError(f"has no index ({self.addresses[0]}), so {', '.join(wrong)} cannot be asked of it")
+            if isinstance(self.weight, dict):
+                raise ValueError(f"has no index ({self.addresses[0]}), so its weight is one number")
         return self
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`path` or `shards`."""
+        return self.shards or (self.path,)
+
+    @property
+    def is_unindexed(self) -> bool:
+        """Whether its tars can only be read from their beginning, by webdataset."""
+        return any(map(is_unindexed, self.addresses))
 
 
 class DataConfig(Config):
@@ -115,7 +136,21 @@ class DataConfig(Config):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise ValueError("two sources have the same name")
+        if all(source.is_unindexed for source in sources):
+            raise ValueError("needs one source that can be indexed (a folder, or tars here or at https://, s3:// or hf://)"
+                             " beside those that cannot")  # fmt: skip
         return sources
+
+    def planned(self, batch_size: int) -> int:
+        """Samples of a batch that the plan deals; unindexed sources make up the rest, by weight, at least one."""
+        first = {False: 0.0, True: 0.0}
+        for source in self.sources:
+            weight = source.weight
+            first[source.is_unindexed] += weight[min(weight)] if isinstance(weight, dict) else weight
+        if not first[True]:
+            return batch_size
+        share = first[True] / (first[True] + first[False])
+        return min(max(batch_size - max(round(batch_size * share), 1), 1), batch_size - 1)
 
 
 class OptimConfig(Config):

@@ -31,8 +31,9 @@ class StreamData(LightningDataModule):
         super().__init__()
         self.config, self.geometry, self.tokenise = config, geometry, tokenise
         samples = Samples(
-            stream_sources(config.data), batch_size=config.data.planned(config.batch_size), seed=config.seed, geometry=geometry,
-            tokenise=tokenise, max_bad=config.data.max_bad, cache_bytes=config.data.cache_mb * 1_000_000,
+            stream_sources(config.data), batch_size=config.data.planned(config.batch_size), seed=config.seed,
+            geometry=geometry, tokenise=tokenise, max_bad=config.data.max_bad,
+            cache_bytes=config.data.cache_mb * 1_000_000,
             size_exponent=config.data.size_exponent, fetch=config.data.fetch,
         )  # fmt: skip
         samples.second_captions = config.loss.name == "alip"

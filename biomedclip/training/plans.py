@@ -18,6 +18,7 @@ from typing import Any
 from biomedclip.errors import ConfigError
 from biomedclip.files import write_json
 from biomedclip.stream.metaclip import make_rule
+from biomedclip.stream.pipes import UnindexedSource, expand_addresses
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import Rows, StreamSource
 from biomedclip.training.config import DataConfig, TrainConfig
@@ -88,9 +89,21 @@ def settle_plan(
 def stream_sources(config: DataConfig) -> list[StreamSource]:
     """The sources of a config as the stream takes them. Raises DataError for a table of entries that is none."""
     return [
-        StreamSource(**{**dict(source), "keep": make_rule(source.keep.metaclip) if source.keep else None})
+        StreamSource(**{**{name: value for name, value in dict(source).items() if name != "allow_pipe"},
+                        "keep": make_rule(source.keep.metaclip) if source.keep else None})
         for source in config.sources
-    ]
+        if not source.is_unindexed
+    ]  # fmt: skip
+
+
+def unindexed_sources(config: DataConfig) -> list[UnindexedSource]:
+    """The sources that webdataset reads from their beginning."""
+    return [
+        UnindexedSource(name=source.name, addresses=expand_addresses(source.addresses), weight=source.weight,
+                        augmentation=source.augmentation, allow_pipe=source.allow_pipe)
+        for source in config.sources
+        if source.is_unindexed and not isinstance(source.weight, dict)
+    ]  # fmt: skip
 
 
 def plan_config(config: TrainConfig) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from biomedclip.runs import read_metrics
 from biomedclip.stream.addresses import is_remote
 from biomedclip.stream.fetch import Span, coalesce
 from biomedclip.stream.mixture import weight_at
-from biomedclip.stream.plan import Picks, Plan
+from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import Rows, index_rows, read_rows
 from biomedclip.stream.source import FetcherHere
 from biomedclip.training.config import TrainConfig
-from biomedclip.training.plans import stream_sources
+from biomedclip.training.plans import stream_sources, unindexed_sources
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,6 +78,8 @@ class Forecast:
     """Samples whose first caption another sample of their batch has too."""
     licences_pct: dict[str, float] = field(default_factory=dict)
     labels_pct: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    """What is not known: sources without an index, of which nothing above speaks."""
     modalities_pct: dict[str, float] = field(default_factory=dict)
     samples_s: float | None = None
     hours: float | None = None
@@ -103,21 +105,26 @@ def forecast_run(config: TrainConfig, *, samples_s: float | None = None, out: st
         rows, plan_sources, _ = read_rows(sources, config.data.size_exponent, fetcher)
     finally:
         fetcher.close()
-    plan = Plan(plan_sources, batch_size=config.batch_size, seed=config.seed)
+    planned = config.data.planned(config.batch_size)
+    if planned % processes:
+        raise ConfigError("batch_size", "leaves indexed sources no even share for each process",
+                          found=f"{planned} samples for {processes}")  # fmt: skip
+    plan = Plan(plan_sources, batch_size=planned, seed=config.seed)
     walk = _Walk(plan, rows, processes)
-    steps = _steps_to_walk(config.max_steps, config.batch_size)
-    for step in steps:
-        walk.add(step)
+    stretches = _stretches(config.max_steps, planned)
+    for stretch in stretches:
+        walk.add(stretch)
     samples_s = samples_s or _measured_rate(out)
     shown = config.max_steps * config.batch_size
     return Forecast(
         plan_sha256=plan.sha256, steps=config.max_steps, batch_size=config.batch_size, processes=processes,
-        per_process=config.batch_size // processes, shown=shown, walked_steps=len(steps),
+        per_process=config.batch_size // processes, shown=shown, walked_steps=sum(map(len, stretches)),
         sources=tuple(_source_forecasts(plan, rows, walk, config.max_steps)),
         same_article_pct=100 * walk.same_article / walk.shown, same_caption_pct=100 * walk.same_caption / walk.shown,
         licences_pct=_percent(walk.licences, walk.shown), labels_pct=_percent(walk.labels, walk.shown),
         modalities_pct=_percent(walk.modalities, walk.shown), samples_s=samples_s,
         hours=shown / samples_s / 3600 if samples_s else None,
+        notices=tuple(source.notice for source in unindexed_sources(config.data)),
     )  # fmt: skip
 
 
@@ -134,39 +141,49 @@ class _Walk:
         self.requests: Counter[str] = Counter()
         self.of_source: Counter[str] = Counter()
 
-    def add(self, step: int) -> None:
-        """Look at one batch. Raises RuntimeError where the processes would not share it evenly: a defect of ours."""
-        picks = self._plan.picks(step)
-        slots = [np.arange(len(picks))[rank :: self._processes] for rank in range(self._processes)]
-        if len({len(own) for own in slots}) != 1 or sorted(np.concatenate(slots).tolist()) != list(range(len(picks))):
-            raise RuntimeError(f"step {step} is not shared evenly by {self._processes} processes")
-        self.shown += len(picks)
-        articles, captions = np.full((2, len(picks)), -1, dtype=np.int64)
-        for source in np.unique(picks.sources).tolist():
-            own = np.flatnonzero(picks.sources == source)
-            articles[own], captions[own] = self._plan.sources[source].kin(picks.rows[own])
-            self._count(source, picks, own, slots)
-        self.same_article += _num_shared(articles)
-        self.same_caption += _num_shared(captions)
+    def add(self, steps: range) -> None:
+        """Look at some batches. Raises RuntimeError where the processes would not share one evenly: a defect of ours."""
+        batches = [self._plan.picks(step) for step in steps]
+        for step, picks in zip(steps, batches, strict=True):
+            self._check_shares(step, len(picks))
+            self.shown += len(picks)
+            articles, captions = np.full((2, len(picks)), -1, dtype=np.int64)
+            for source in np.unique(picks.sources).tolist():
+                own = picks.sources == source
+                articles[own], captions[own] = self._plan.sources[source].kin(picks.rows[own])
+            self.same_article += _num_shared(articles)
+            self.same_caption += _num_shared(captions)
+        for source in range(len(self._rows)):
+            own = [np.flatnonzero(picks.sources == source) for picks in batches]
+            if any(len(slots) for slots in own):
+                rows = np.concatenate([picks.rows[slots] for picks, slots in zip(batches, own, strict=True)])
+                self._count(self._rows[source], rows, own)
 
-    def _count(self, source: int, picks: Picks, own: np.ndarray, slots: list[np.ndarray]) -> None:
-        rows = self._rows[source]
+    def _check_shares(self, step: int, size: int) -> None:
+        slots = [range(size)[rank :: self._processes] for rank in range(self._processes)]
+        if len({len(own) for own in slots}) != 1 or sorted(slot for own in slots for slot in own) != list(range(size)):
+            raise RuntimeError(f"step {step} is not shared evenly by {self._processes} processes")
+
+    def _count(self, rows: Rows, places: np.ndarray, slots: list[np.ndarray]) -> None:
+        """Count the samples of one source; `slots` are theirs in each batch, in the order of `places`."""
         known = set(rows.place.index.schema.names)
         columns = [name for name in _COLUMNS if name in known]
-        table = rows.place.index.take(index_rows(rows.numbers, picks.rows[own]), columns)
+        table = rows.place.index.take(index_rows(rows.numbers, places), columns)
         name = rows.source.name
-        self.of_source[name] += len(own)
-        unknown = ["unknown"] * len(own)
+        self.of_source[name] += len(places)
+        unknown = ["unknown"] * len(places)
         self.licences.update(v or "unknown" for v in (table["licence"].to_pylist() if "licence" in known else unknown))
         self.modalities.update(value or "unknown" for value in table["modality"].to_pylist())
         self.labels.update(f"{name}: {label}" for labels in table["labels"].to_pylist() for label in labels or ())
         spans = _spans(table)
         self.bytes[name] += sum(stop - start for _, start, stop in spans)
         if _is_remote(rows):
-            place = {slot: number for number, slot in enumerate(own.tolist())}
-            for rank in slots:
-                wanted = [spans[place[slot]] for slot in rank.tolist() if slot in place]
-                self.requests[name] += len(coalesce(Span(*span) for span in wanted))
+            of_batch = iter(spans)
+            for own in slots:
+                found = [(slot % self._processes, next(of_batch)) for slot in own.tolist()]
+                for rank in range(self._processes):
+                    wanted = (Span(*span) for process, span in found if process == rank)
+                    self.requests[name] += len(coalesce(wanted))
 
 
 def _spans(table: pa.Table) -> list[tuple[str, int, int]]:
@@ -209,13 +226,13 @@ def _is_remote(rows: Rows) -> bool:
     return is_remote(rows.place.base) or any(map(is_remote, rows.place.shards))
 
 
-def _steps_to_walk(steps: int, batch_size: int) -> list[int]:
+def _stretches(steps: int, batch_size: int) -> list[range]:
+    """Steps to look at: all of a short run, `BLOCKS` stretches of a long one."""
     wanted = max(WALKED_SLOTS // batch_size, BLOCKS)
     if steps <= wanted:
-        return list(range(steps))
+        return [range(steps)]
     length = wanted // BLOCKS
-    starts = np.linspace(0, steps - length, BLOCKS).astype(int).tolist()
-    return sorted({step for start in starts for step in range(start, start + length)})
+    return [range(start, start + length) for start in np.linspace(0, steps - length, BLOCKS).astype(int).tolist()]
 
 
 def _num_shared(ids: np.ndarray) -> int:

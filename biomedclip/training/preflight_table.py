@@ -42,6 +42,7 @@ def forecast_text(found: Forecast) -> str:
     ]
     if found.walked_steps < found.steps:
         lines.append(f"           batches were looked at in {found.walked_steps:,} of the steps")
+    lines += [f"not known  {notice}" for notice in found.notices]
     return text + "\n" + "\n".join(lines)
 
 

@@ -158,7 +158,7 @@ def _open_plans(run_folder: str | Path) -> list[_Followed]:
             rows, plan_sources, _ = read_rows(sources, data.size_exponent, fetcher, withdrawn=withdrawn)
         finally:
             fetcher.close()
-        plan = Plan(plan_sources, batch_size=record.config["batch_size"], seed=record.config["seed"],
+        plan = Plan(plan_sources, batch_size=data.planned(record.config["batch_size"]), seed=record.config["seed"],
                     first_step=record.first_step)  # fmt: skip
         if plan.sha256 != record.sha256:
             raise DataError(run_folder, "its sources hold other samples than when it was trained",

@@ -2,8 +2,8 @@
 
 256 figures in four tars, batches of 8, one epoch with two reading processes. After five batches the state is taken;
 new objects get it and go on, once with two reading processes, once with one (ours also in two processes of a run with
-three readers each). Wrong are samples at another place than in the uninterrupted run; lost are samples that the epoch
-never shows, repeated those that it shows twice. `mixture` is two sources at 3 to 1.
+three readers each). Wrong are samples at another place than in the uninterrupted run; lost are those that the epoch
+then shows less often than it would have, repeated those that it shows more often. `mixture` is two sources at 3 to 1.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -82,9 +83,9 @@ def judge(found: dict[str, object]) -> dict[str, object]:
     whole, before, after = ([key for batch in found[name] for key in batch] for name in ("whole", "before", "after"))
     wanted = whole[len(before) :]
     wrong = sum(one != other for one, other in zip(wanted, after, strict=False)) + abs(len(wanted) - len(after))
-    seen = before + after
-    return {"wrong": min(wrong, len(wanted)), "of": len(wanted), "lost": len(set(whole) - set(seen)),
-            "repeated": len(seen) - len(set(seen)) - (len(whole) - len(set(whole)))}  # fmt: skip
+    all_of, seen = Counter(whole), Counter(before + after)
+    return {"wrong": min(wrong, len(wanted)), "of": len(wanted), "lost": (all_of - seen).total(),
+            "repeated": (seen - all_of).total()}  # fmt: skip
 
 
 def show(result: dict[str, object]) -> str:
