@@ -142,7 +142,7 @@ class _Walk:
         self.of_source: Counter[str] = Counter()
 
     def add(self, steps: range) -> None:
-        """Look at some batches. Raises RuntimeError where the processes would not share one evenly: a defect of ours."""
+        """Look at some batches. Raises RuntimeError where processes would not share one evenly: a defect of ours."""
         batches = [self._plan.picks(step) for step in steps]
         for step, picks in zip(steps, batches, strict=True):
             self._check_shares(step, len(picks))
