@@ -1,4 +1,4 @@
-"""Models in open_clip's and OpenAI's names: published names in, the outputs of a plain CLIP out, activation included."""
+"""Models in open_clip's and OpenAI's names: published names in, a plain CLIP's outputs out, activation included."""
 
 import copy
 
