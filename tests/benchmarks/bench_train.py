@@ -1,5 +1,7 @@
 """Training beside open_clip 3.3.0, in one run: same weights, same batches, interleaved, medians.
 
+Seconds are CPU time of one thread, so that other programs on the machine change them little.
+
 Loss: forward and backward of B unit embeddings of width 512 at a logit scale of 100, a child process a measurement, so
 that memory is the peak of the resident set above what stood before. Curve: 500 steps of a small CLIP on identical
 batches, our Trainer beside a loop that follows `open_clip_train.train.train_one_epoch` step by step (schedule, AdamW
@@ -12,7 +14,6 @@ Where a CUDA device is at hand: ViT-B/16 in bf16, samples per second and share o
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from biomedclip.training.throughput import peak_flops, sample_flops
 from biomedclip.training.trainer import make_trainer, quiet_lightning
 
 PEERS = ()
-SIZES = {4096: 3, 8192: 3, 16384: 3}
+SIZES = {4096: 3, 8192: 3, 16384: 2}
+"""Batch sizes, and measurements of each."""
 WIDTH, CURVE_STEPS, CURVE_BATCH = 512, 500, 32
 PREPROCESS = {"size": 224, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
@@ -41,6 +43,7 @@ CHILD = """
 import json, sys, time
 import torch
 from torch.nn import functional as F
+torch.set_num_threads(1)
 who, size = sys.argv[1], int(sys.argv[2])
 image, text = (F.normalize(torch.randn(size, 512, generator=torch.Generator().manual_seed(n)), dim=1) for n in (0, 1))
 def loss(image, text, scale, bias):
@@ -55,10 +58,10 @@ def loss(image, text, scale, bias):
 def run(rows):
     a, b = image[:rows].clone().requires_grad_(), text[:rows].clone().requires_grad_()
     scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
-    began = time.perf_counter()
+    began = time.process_time()
     value = loss(a, b, scale, bias)
     value.backward()
-    return time.perf_counter() - began, value.item()
+    return time.process_time() - began, value.item()
 def resident(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name))
@@ -123,18 +126,20 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.wall: list[float] = []
         self.gradients: dict[str, torch.Tensor] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._began = time.perf_counter()
+        self._began, self._wall = time.process_time(), time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if trainer.global_step == trainer.max_steps - 1:
             self.gradients = {n: p.grad.clone() for n, p in pl_module.model.named_parameters() if p.grad is not None}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(float(pl_module.latest["loss"]))
-        self.seconds.append(time.perf_counter() - self._began)
+        self.losses.append(float(pl_module.latest["loss"]))  # waits for the device
+        self.wall.append(time.perf_counter() - self._wall)
+        self.seconds.append(time.process_time() - self._began)
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -181,7 +186,7 @@ def train_theirs(model: Any, batches: list[dict[str, Any]], *, max_steps: int, w
     model.output_dict = True
     loss, optimizer, watch = open_clip.ClipLoss(), open_clip_optimizer(model), Watch()
     for step, batch in enumerate(batches):
-        began = time.perf_counter()
+        began = time.process_time()
         rate = (step + 1) / warmup if step < warmup else (
             0.5 * (1 + math.cos(math.pi * (step - warmup) / (max_steps - warmup))))  # fmt: skip
         for group in optimizer.param_groups:
@@ -194,7 +199,7 @@ def train_theirs(model: Any, batches: list[dict[str, Any]], *, max_steps: int, w
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         watch.losses.append(total.item())
-        watch.seconds.append(time.perf_counter() - began)
+        watch.seconds.append(time.process_time() - began)
     return watch
 
 
@@ -375,7 +380,7 @@ def measure_gpu() -> dict[str, float | str]:
             max_steps=steps, batch_size=size, device="gpu", precision="bf16", towers={"compile": compiled}
         )
         watch = train_ours(model(), config, [batch] * steps)
-        figures[f"gpu_{name}_samples_s"] = round(size / statistics.median(watch.seconds[10:]))
+        figures[f"gpu_{name}_samples_s"] = round(size / statistics.median(watch.wall[10:]))
     figures["gpu_open_clip_samples_s"] = round(size / _theirs_on_gpu(model().to(device), batch, steps))
     for name in ("ours", "ours_compiled", "open_clip"):
         if peak:
@@ -403,7 +408,7 @@ def _theirs_on_gpu(model: Any, batch: dict[str, Any], steps: int) -> float:
 
 def main() -> None:
     """Measure and print one JSON line."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     parts = [measure_losses, measure_curve, measure_accumulation, measure_step, measure_gpu]
     wanted = sys.argv[1:]
