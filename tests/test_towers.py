@@ -219,8 +219,25 @@ def test_a_model_of_our_towers_trains_locks_and_checkpoints_like_open_clip_s():
     assert all(p.grad is not None for n, p in model.visual.named_parameters())
     model.lock_image_tower()
     assert not any(p.requires_grad for p in model.visual.parameters())
+    model.lock_text_tower(freeze_layer_norm=False)
+    free = {name.split(".")[-2] for name, p in model.text.named_parameters() if p.requires_grad}
+    assert free == {"LayerNorm"}
+    model.lock_text_tower()
+    assert not any(p.requires_grad for p in model.text.parameters())
     with pytest.raises(ConfigError, match="can only be locked as a whole"):
         model.lock_text_tower(unlocked_layers=2)
+
+
+def test_a_locked_resnet_can_keep_its_running_means():
+    _, size, changes = CASES["biovil"]
+    config = small_config("biovil", **changes)
+    torch.manual_seed(0)
+    model = build_architecture(read_model("biovil").architecture.model_copy(update={"config": config}))
+    model.lock_image_tower(freeze_bn_stats=True)
+    before = {key: value.clone() for key, value in model.visual.state_dict().items()}
+    model.train()
+    model.encode_image(pictures(size))
+    assert all(torch.equal(value, before[key]) for key, value in model.visual.state_dict().items())
 
 
 @pytest.mark.parametrize(

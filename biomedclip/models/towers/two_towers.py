@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from open_clip.model import CustomTextCLIP
+from open_clip.utils import freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,13 +40,26 @@ class Tower(nn.Module):
 
     trunk: nn.Module
 
-    def lock(self, *args: Any, **options: Any) -> None:
-        """Freeze the whole tower. Raises ConfigError where a part is to stay free, which these towers cannot do."""
-        if any(args) or options.get("unlocked_groups") or options.get("unlocked_layers"):
+    def lock(
+        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, *, unlocked_groups: int = 0,
+        freeze_bn_stats: bool = False,
+    ) -> None:  # fmt: skip
+        """Freeze the tower, with the options open_clip gives an image or a text tower.
+
+        `freeze_bn_stats` also keeps running means and variances, for good. Raises ConfigError where layers are to stay
+        free, which these towers cannot do.
+        """
+        free = unlocked_layers or unlocked_groups
+        if free:
             raise ConfigError(
-                type(self).__name__, "this tower can only be locked as a whole", todo="lock all or nothing"
+                type(self).__name__, "can only be locked as a whole", found=free, todo="lock all of it, or nothing"
             )
         self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm) and not freeze_layer_norm:
+                module.requires_grad_(True)
+        if freeze_bn_stats:
+            freeze_batch_norm_2d(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the trunk's activations in the backward pass, where the trunk can."""
