@@ -24,9 +24,10 @@ from biomedclip.stream.columns import READ_COLUMNS, ShardIndex, hash_text
 from biomedclip.stream.fetch import Fetcher
 from biomedclip.stream.mixture import Weight, mixing_weights, scale_weight
 from biomedclip.stream.order import Kin
+from biomedclip.stream.parts import RowNumbers, Selection
 from biomedclip.stream.plan import PlanSource
 from biomedclip.stream.presets import Augmentation
-from biomedclip.stream.selection import Choice, RowNumbers, Selection, select_rows
+from biomedclip.stream.selection import Choice, select_rows
 from biomedclip.stream.source import FetcherHere, Place, locate, open_shards
 
 Value = TypeVar("Value", covariant=True)

@@ -8,9 +8,6 @@ depends on, so a resumed run does not ask again.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ from biomedclip.predicates import check_columns, check_predicate, rows_where
 from biomedclip.shards import ARTICLE_COLUMNS, arrow_schema
 from biomedclip.stream.columns import ShardIndex
 from biomedclip.stream.members import Caps
+from biomedclip.stream.parts import Part, RowNumbers, Selection, read_selection, selection_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +35,6 @@ WORTH_KEEPING = 100_000
 
 _VERSION = 1
 
-RowNumbers = range | np.ndarray
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -49,34 +45,6 @@ class Choice:
     caps: Mapping[str, int] = field(default_factory=dict)
     """The most samples of each `label` and `concept` in an epoch."""
     balance: bool | Literal["weights"] = False
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Rows of a source that the plan deals with as one: all of them, or a class or weight that is balanced."""
-
-    name: str
-    share: float
-    """Of the weight of the source."""
-    rows: RowNumbers
-    """Row numbers in the index, ascending."""
-    caps: Caps | None
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The chosen rows of a source in parts, and what is known of their labels."""
-
-    parts: tuple[Part, ...]
-    labels: tuple[str, ...]
-    """Names, sorted."""
-    most_labels: int
-    """Of one sample."""
-    sha256: str
-    """Identity: equal rows of equal content, equal hash."""
-
-    def __len__(self) -> int:
-        return sum(len(part.rows) for part in self.parts)
 
 
 def select_rows(place: Place, name: str, choice: Choice, cache: Path) -> Selection:
@@ -96,13 +64,13 @@ def select_rows(place: Place, name: str, choice: Choice, cache: Path) -> Selecti
     }  # fmt: skip
     sha256 = sha256_json(facts)
     path = cache / "selection" / f"{sha256[:32]}.npz"
-    selection = _read_selection(path, name, sha256)
+    selection = read_selection(path, name, sha256)
     if selection is None:
         selection = _select(place, name, choice, sha256)
         if len(place.index) >= WORTH_KEEPING:
             # An unwritable cache costs the same choice next time, and nothing now.
             with suppress(OSError):
-                write_bytes(path, _selection_bytes(selection, name))
+                write_bytes(path, selection_bytes(selection, name))
     return selection
 
 
@@ -354,41 +322,3 @@ def _hash_withdrawn(place: Place) -> str | None:
     if not place.withdrawn:
         return None
     return hashlib.sha256("\n".join(sorted(place.withdrawn)).encode()).hexdigest()
-
-
-def _selection_bytes(selection: Selection, name: str) -> bytes:
-    arrays: dict[str, np.ndarray] = {}
-    parts = []
-    for number, part in enumerate(selection.parts):
-        span = [part.rows.start, part.rows.stop] if isinstance(part.rows, range) else None
-        parts.append({"name": part.name.removeprefix(name), "share": part.share, "caps": part.caps is not None,
-                      "range": span})  # fmt: skip
-        if span is None:
-            arrays[f"rows{number}"] = np.asarray(part.rows)
-        if part.caps is not None:
-            arrays[f"groups{number}"], arrays[f"taken{number}"] = part.caps.groups, part.caps.taken
-    header = {"sha256": selection.sha256, "labels": selection.labels, "most_labels": selection.most_labels,
-              "parts": parts}  # fmt: skip
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _read_selection(path: Path, name: str, sha256: str) -> Selection | None:
-    """The selection kept under a path; None where there is none that can be read."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            header: dict[str, Any] = json.loads(stored["header"].tobytes())
-            if header["sha256"] != sha256:
-                return None
-            parts = [_read_part(number, facts, name, stored) for number, facts in enumerate(header["parts"])]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-    return Selection(tuple(parts), tuple(header["labels"]), header["most_labels"], sha256)
-
-
-def _read_part(number: int, facts: Mapping[str, Any], name: str, stored: Mapping[str, np.ndarray]) -> Part:
-    rows: RowNumbers = range(*facts["range"]) if facts["range"] else stored[f"rows{number}"]
-    caps = Caps(stored[f"groups{number}"], stored[f"taken{number}"]) if facts["caps"] else None
-    return Part(name + facts["name"], facts["share"], rows, caps)
