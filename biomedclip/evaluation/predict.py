@@ -29,7 +29,7 @@ def predict_rows(
 ) -> None:  # fmt: skip
     """Embed the rows `left` by `processes` processes on this machine, into parts in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = Subset(rows, list(left))  # type: ignore[arg-type]
+    mine: Subset[Any] = Subset(rows, list(left))  # type: ignore[arg-type]
     loader: DataLoader[Any] = DataLoader(mine, batch_size=batch_size, num_workers=workers, collate_fn=_Held)
     with _quiet():
         trainer = lightning.Trainer(
