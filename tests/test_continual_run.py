@@ -225,6 +225,18 @@ def test_a_resumed_run_writes_each_validation_once(folders, tmp_path):
     assert [row["values"] for row in again] == [row["values"] for row in rows]
 
 
+@pytest.mark.parametrize("task", ["bccd", "pneumoniamnist"])
+def test_a_probe_may_ask_another_split_than_the_tasks_own(task):
+    from biomedclip.training.config import ProbeConfig
+    from biomedclip.training.validation import open_probes
+
+    settings = {"task": task, "data": str(resolve_root(f"sample://{task}")), "split": "val", "max_samples": 20}
+    [probe] = open_probes([check_config(settings, ProbeConfig, "test")])
+    assert probe.name == f"{task}/val"
+    assert {row.split for row in probe.manifest.rows} == {"val"}
+    assert 15 <= len(probe.manifest.rows) <= 20
+
+
 def test_probes_are_checked_before_anything_is_trained(folders, tmp_path):
     def probe(**facts):
         return config(folders, validation={"probes": [facts]})

@@ -103,7 +103,9 @@ def open_probes(settings: Sequence[ProbeConfig]) -> list[Probe]:
             raise ConfigError(f"validation.probes: {one.task}", "there is no such file or folder", found=one.data)
         name = one.task
         if one.split is not None:
-            task = task.model_copy(update={"split": one.split, "select_split": None})
+            # A layout that was told to read the task's own split alone must read this one.
+            layout = task.layout | ({"splits": [one.split]} if "splits" in task.layout else {})
+            task = task.model_copy(update={"split": one.split, "select_split": None, "layout": layout})
             name = f"{one.task}/{one.split}"
         if any(probe.name == name for probe in probes):
             raise ConfigError(f"validation.probes: {name}", "is named twice", todo="remove one")
