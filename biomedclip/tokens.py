@@ -85,8 +85,9 @@ class WordIds:
     """Token ids of texts, word by word, without special tokens. Captions say the same words again and again: looking
     them up is five times faster than cutting them into pieces once more.
 
-    Only for tokenizers that cut every word by itself. `words` finds the words of an ASCII text as the tokenizer does;
-    other texts, and those that hold one of the `marks`, are given to the tokenizer whole.
+    Only for tokenizers that cut every word by itself and never across a blank. `words` finds the words of ASCII as the
+    tokenizer does; anything else between two blanks is one word, and texts that hold one of the `marks` are given to
+    the tokenizer whole.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class WordIds:
 
     def __call__(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         """The first `limit` ids of each text."""
-        found = [self._split(text)[:limit] if self._is_plain(text) else None for text in texts]
+        found = [self._split(text, limit) for text in texts]
         rest = [text for text, words in zip(texts, found, strict=True) if words is None]
         whole = iter(self._encode(rest))
         known = self._learn({word for words in found if words for word in words})
@@ -107,10 +108,20 @@ class WordIds:
             rows.append(ids[:limit])
         return rows
 
-    def _is_plain(self, text: str) -> bool:
-        return text.isascii() and text.isprintable() and not any(mark in text for mark in self._marks)
+    def _split(self, text: str, limit: int) -> list[str] | None:
+        if any(mark in text for mark in self._marks):
+            return None
+        if text.isascii() and text.isprintable():
+            return self._find(text)[:limit]
+        words: list[str] = []
+        for part in text.split(" "):  # not cut to the limit: a part may have no ids at all
+            if part.isascii() and part.isprintable():
+                words += self._find(part)
+            else:
+                words.append(part)
+        return words
 
-    def _split(self, text: str) -> list[str]:
+    def _find(self, text: str) -> list[str]:
         return self._words.findall(text.lower() if self._lower else text)
 
     def _learn(self, words: set[str]) -> dict[str, list[int]]:

@@ -29,6 +29,8 @@ Box = tuple[float, float, float, float]
 _DRAWS = 64
 _ALIASES_FROM = 1.5
 """Views this many times larger than the square are shrunk by area before they are turned."""
+_SHRINKS_FROM = 1.3
+"""Views this many times larger than the square are shrunk by area, smaller ones between pixels: four times faster."""
 _SMALL = 0.7
 """Smaller views than this share of the square are cut between pixels: a 28 px picture has few whole ones to choose."""
 _BEYOND = {"edge": cv2.BORDER_REPLICATE, "mirror": cv2.BORDER_REFLECT}
@@ -126,8 +128,10 @@ def _cut(picture: np.ndarray, view: Box, out: tuple[int, int], geometry: Geometr
     )
     inside = picture[rows, columns]
     size = (out[0] - before - after, out[1] - above - below)
-    shrinks = inside.shape[1] >= size[0] and inside.shape[0] >= size[1]
-    pixels = cv2.resize(inside, size, interpolation=cv2.INTER_AREA if shrinks else _enlarging(geometry))
+    scale_x, scale_y = inside.shape[1] / size[0], inside.shape[0] / size[1]
+    shrinking = cv2.INTER_AREA if max(scale_x, scale_y) > _SHRINKS_FROM else cv2.INTER_LINEAR
+    how = shrinking if min(scale_x, scale_y) >= 1 else _enlarging(geometry)
+    pixels = cv2.resize(inside, size, interpolation=how)
     if above or below or before or after:
         return cv2.copyMakeBorder(pixels, above, below, before, after, beyond)
     return pixels
