@@ -55,15 +55,16 @@ REPLAY = {"name": "lung", "path": str(CACHE / "lung"), "balance": True, "weight"
 METHODS: dict[str, dict[str, Any]] = {
     "naive": {},
     "replay": {"replay": 1 / 3},
+    "replay_tenth": {"replay": 1 / 9},
     "modx": {"continual": {"modx": {"weight": 20}}},
     "zscl": {"continual": {"zscl": {"weight": 1, "path": str(CACHE / "lung"), "num_texts": 64}}},
     "vr_lwf": {"continual": {"vr_lwf": {"weight": 1, "num_texts": 256}}},
     "l2_sp": {"continual": {"l2_sp": {"weight": 0.1}}},
     "frozen_bn": {"continual": {"freeze_batch_norm": True}},
 }
-"""Changes of the naive config. `replay` is the share of old pictures added to each new one: a quarter of every batch.
-The others see no old pair; ZSCL sees old pictures and captions, not which belong together, and the rest see nothing
-old at all. Weights are the authors' where they published some, else of the size of the contrastive loss."""
+"""Changes of the naive config. `replay` is the share of old pictures added to each new one: a quarter of every batch,
+or a tenth. The others see no old pair; ZSCL sees old pictures and captions, not which belong together, and the rest see
+nothing old at all. Weights are the authors' where they published some, else of the size of the contrastive loss."""
 
 
 def build_sets() -> None:
