@@ -6,7 +6,9 @@ import shutil
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from biomedclip.demo import Builder, run_demo
 from biomedclip.errors import ConfigError
@@ -69,11 +71,12 @@ def test_the_weights_load_by_the_folder_and_in_open_clip(done):
 
     run = done[0].report.parent / "run"
     model, preprocess, tokenizer = biomedclip.load(run)
-    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{run / 'final'}")
+    theirs, their_preprocess = open_clip.create_model_from_pretrained(f"local-dir:{run / 'final'}")
     tokens = tokenizer(["a chest X-ray", "a blood smear"])
     with torch.no_grad():
         assert torch.equal(model.encode_text(tokens), theirs.eval().encode_text(tokens))
-    assert preprocess.transforms
+    picture = Image.fromarray(np.arange(50 * 40 * 3, dtype=np.uint8).reshape(50, 40, 3))
+    assert torch.equal(preprocess(picture), their_preprocess(picture))
 
 
 def test_the_lines_of_the_readme_run_as_they_stand(done):

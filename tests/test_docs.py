@@ -62,5 +62,5 @@ def test_relative_links_and_pictures_lead_somewhere(page):
 
 def test_configs_named_in_the_docs_exist():
     for page in PAGES:
-        for name in re.findall(r"configs/[a-z]+/[a-z0-9_]+\.yaml", page.read_text()):
+        for name in re.findall(r"configs/[a-z]+/[a-z0-9_-]+\.yaml", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"

@@ -9,9 +9,9 @@ from synthetic_shards import write_articles, write_colours
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.shards import DatasetFolder
+from biomedclip.stream.captions import choose_caption
 from biomedclip.stream.decode import Geometry, decode_exact
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
-from biomedclip.stream.captions import choose_caption
 from biomedclip.tokens import encode_captions
 
 

@@ -53,7 +53,7 @@ def released_card(model: ReleasedModel) -> str:
         _note(model), "## Use\n\n" + _list([
             f"Intended: {model.intended_use}", f"Out of scope: anything but research. {NOT_FOR_CARE}",
         ]),
-        f"```python\nimport biomedclip\n\nmodel, preprocess, tokenizer = biomedclip.load({model.name!r}"
+        f"```python\nimport biomedclip\n\nmodel, preprocess, tokenizer = biomedclip.load(\"{model.name}\""
         f"{', checkpoint=PATH' if model.source.kind == 'manual' else ''})\n```\n",
         "## Source\n\n" + _source_lines(model),
         "## Model\n\n" + _model_lines(model),
@@ -96,8 +96,8 @@ def run_card(
         "## Use\n\n" + _list([
             f"Intended: {notes.intended_use}", f"Out of scope: {notes.out_of_scope} {NOT_FOR_CARE}",
         ]),
-        f"```python\nimport biomedclip\n\nmodel, preprocess, tokenizer = biomedclip.load({notes.repo or str(run)!r})"
-        "\n```\n",
+        "```python\nimport biomedclip\n\n"
+        f"model, preprocess, tokenizer = biomedclip.load({json.dumps(notes.repo or str(run))})\n```\n",
         "## Model\n\n" + _list([
             f"Starts from: {start}", f"Images: `{preprocess}`", f"Text: {context} tokens",
             f"Weights: `final/open_clip_model.safetensors`, sha256 `{weights_sha256}`", f"Fingerprint: `{fingerprint}`",
