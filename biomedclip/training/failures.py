@@ -25,11 +25,12 @@ def explain_failures(config: TrainConfig, folder: Path) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(config, folder, error) from error
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionResetError, EOFError) as error:
         text = str(error)
         if re.search(r"out of memory|DefaultCPUAllocator|can't allocate memory", text, re.I):
             raise out_of_memory(config, folder, error) from error
-        if re.search(r"DataLoader worker", text):
+        lost_pipe = config.data.workers and not isinstance(error, RuntimeError)
+        if re.search(r"DataLoader worker", text) or lost_pipe:
             raise DataError(
                 "data.workers", "a reading process died", found=_first_line(text),
                 todo="most often memory: lower data.workers or data.cache_mb, or give /dev/shm more; then resume",

@@ -228,7 +228,8 @@ def _train_loop(
     saver = SaveCheckpoints(run, config.checkpoints, export)
     watching = continual_callbacks(config, run, data.tokenise, export, after_step=first)
     path = checkpoint / TRAINER_FILE if checkpoint else None
-    with quiet_lightning(), explain_failures(config, run.folder):
+    # torch raises for a lost reading process wherever its signal lands, be it while leaving the inner context.
+    with explain_failures(config, run.folder), quiet_lightning():
         callbacks = [StopAtNaN(run), log, *watching, saver]
         trainer = make_trainer(config, run.folder, callbacks, validates=bool(data.val_dataloader()))
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
