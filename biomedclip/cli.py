@@ -18,6 +18,7 @@ from biomedclip import __version__
 from biomedclip.continual_commands import add_continual_commands
 from biomedclip.data_commands import data_app
 from biomedclip.errors import BiomedclipError, ConfigError, MissingExtra
+from biomedclip.eval_commands import eval_app
 from biomedclip.model_commands import models_app
 from biomedclip.train_commands import runs_app
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
+app.add_typer(eval_app, name="eval")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the run writes.")]

@@ -21,6 +21,30 @@ class BootstrapConfig(Config):
     level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
 
+AdapterName = Literal["linear_probe", "knn", "nearest_mean", "gda", "tip", "tip_f", "lp++"]
+
+
+class FewShotConfig(Config):
+    """Adapters at K images a class; draws are nested, and validation is as small."""
+
+    shots: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
+    seeds: Annotated[int, Field(ge=1)] = 5
+    methods: Annotated[tuple[AdapterName, ...], Field(min_length=1)] = ("linear_probe", "gda", "tip")
+
+
+class OutsideConfig(Config):
+    """Tasks whose images belong to no class of the others: near ones of the same kind, far ones of another."""
+
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+
+
+class SensitivityConfig(Config):
+    """Draws of one random prompt a class."""
+
+    k: Annotated[int, Field(ge=2, le=10_000)] = 20
+
+
 class EvaluateConfig(Config):
     """One evaluation run."""
 
@@ -47,3 +71,20 @@ class EvaluateConfig(Config):
     """Largest share of unreadable images before a task is refused."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     seed: int = 0
+    adapters: tuple[AdapterName, ...] = ()
+    """Classifiers learnt on the training split of each task, chosen on its validation split or by folds."""
+    few_shot: FewShotConfig | None = None
+    ood: OutsideConfig | None = None
+    corruptions: bool = False
+    """Score corrupted copies of the scored images: every corruption at severities 1, 3 and 5."""
+    prompt_sensitivity: SensitivityConfig | None = None
+    calibration: bool = False
+    """Calibration of the model's own probabilities, and after a temperature fitted on the validation split."""
+    composition: bool = False
+    """Retrieval tasks: captions against foils with side, negation or finding changed."""
+    subgroups: dict[str, str] = Field(default_factory=dict)
+    """Task name -> attribute of its manifest by which the primary metric is shown apart."""
+    allow_test_selection: bool = False
+    """Choose hyper-parameters on the split that is scored where a task has no other; such results are tagged."""
+    leakage: dict[str, str] = Field(default_factory=dict)
+    """Task name -> `leakage.json` of the training data (or the folder it is in), to be shown beside the number."""

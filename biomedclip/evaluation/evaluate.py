@@ -9,9 +9,10 @@ and thresholds, temperatures or prompt sets are never chosen by looking at it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomedclip.errors import ConfigError, DataError
+from biomedclip.evaluation.answer_kinds import (
+    check_label_sets,
+    pool_slides,
+    read_options,
+    score_label_sets,
+    score_option_sets,
+)
+from biomedclip.evaluation.answer_scores import LabelScores
+from biomedclip.evaluation.beyond import Scored, measure_beyond
 from biomedclip.evaluation.config import EvaluateConfig
 from biomedclip.evaluation.embed import (
     ImageEmbeddings,
@@ -29,10 +39,11 @@ from biomedclip.evaluation.embed import (
     fingerprint,
     logit_scale_of,
 )
+from biomedclip.evaluation.leakage import read_leakage
 from biomedclip.evaluation.prompts import check_distinct, compile_prompts, list_warnings
 from biomedclip.evaluation.results import TaskResult, write_result
 from biomedclip.evaluation.retrieval import caption_ids, rank_candidates
-from biomedclip.evaluation.scores import ClassScores, RankScores, hash_scores, measure
+from biomedclip.evaluation.scores import ClassScores, RankScores, Scores, hash_scores, measure, statistics_of
 from biomedclip.evaluation.tasks import Task, find_task
 from biomedclip.evaluation.zero_shot import score_classes
 from biomedclip.files import sha256_json
@@ -85,24 +96,38 @@ def evaluate(
     *,
     model: tuple[Any, Any, Any] | None = None,
     progress: Progress | None = None,
+    tasks: Mapping[str, Task] | None = None,
 ) -> list[TaskResult]:
     """Results in the order of `config.tasks`, each also written under `out`.
 
-    `model` is `(model, preprocess, tokenizer)` where it is loaded already, else `config.model` is loaded. Raises
+    `model` is `(model, preprocess, tokenizer)` where it is loaded already, else `config.model` is loaded. `tasks` are
+    tasks of the caller's own beside the shipped ones. Raises
     ConfigError for an unknown task or prompt set or a missing data folder, DataError for data that is not what the
     task expects.
     """
-    plans = [plan_task(name, config) for name in config.tasks]
+    check_sections(config)
+    plans = [plan_task(name, config, tasks or {}) for name in config.tasks]
     encoder = _load(config, model)
     for plan in plans:
         if plan.prompts:
             check_distinct(plan.prompts, encoder.tokenizer, f"task {plan.task.name}")
-    return [_run(plan, encoder, config, out, progress or silent) for plan in plans]
+    return [_run(plan, plans, encoder, config, out, progress or silent) for plan in plans]
 
 
-def plan_task(name: str, config: EvaluateConfig) -> _Plan:
+def check_sections(config: EvaluateConfig) -> None:
+    """Raise ConfigError for a section that names a task which the run does not have."""
+    outside = (*config.ood.near, *config.ood.far) if config.ood else ()
+    named = [("ood", outside), ("subgroups", config.subgroups), ("prompt_sets", config.prompt_sets),
+             ("leakage", config.leakage)]  # fmt: skip
+    for where, names in named:
+        for name in names:
+            if name not in config.tasks:
+                raise ConfigError(f"{where}.{name}", "is not among the tasks of this run", todo="add it to tasks")
+
+
+def plan_task(name: str, config: EvaluateConfig, tasks: Mapping[str, Task]) -> _Plan:
     """The task with data and prompts, checked without a model."""
-    task = find_task(name)
+    task = tasks[name] if name in tasks else find_task(name)
     if name not in config.data:
         raise ConfigError(f"data.{name}", "is missing", todo=f"say where its data lies: --set data.{name}=FOLDER")
     root = Path(config.data[name])
@@ -117,9 +142,13 @@ def plan_task(name: str, config: EvaluateConfig) -> _Plan:
 
 def read_split(task: Task, root: str | Path) -> Manifest:
     """The manifest of the task's split, with a hash of its own. Raises DataError where the split is empty."""
-    from biomedclip.layouts import read_manifest
+    from biomedclip.layouts import LAYOUTS, read_manifest
 
     options = {key: value for key, value in task.layout.items() if key != "type"}
+    declared = signature(LAYOUTS[task.layout["type"]]).parameters.get("classes")
+    if task.classes and declared is not None and declared.default is Parameter.empty:
+        # Files that hold numbers: what they mean is the order of the task's classes.
+        options.setdefault("classes", [entry.label for entry in task.classes])
     whole = read_manifest(task.layout["type"], root, name=task.name, **options)
     return select_split(whole, task)
 
@@ -130,8 +159,13 @@ def select_split(manifest: Manifest, task: Task) -> Manifest:
     if not rows:
         found = ", ".join(sorted({str(row.split) for row in manifest.rows})) or "no rows"
         raise DataError(manifest.root, f"has nothing in split '{task.split}'", found=found, todo="check data and split")
-    if task.kind == "zero_shot":
+    if task.kind == "zero_shot" and task.labels == "multi":
+        check_label_sets(task, rows, manifest.root)
+    elif task.kind == "zero_shot":
         _check_labels(task, rows, manifest.root)
+    elif task.kind == "options":
+        for row in rows:
+            read_options(row, manifest.root)
     elif missing := [row.sample_id for row in rows if not (row.text or "").strip()]:
         raise DataError(manifest.root, f"{len(missing)} images have no caption", found=", ".join(missing[:3]))
     if repeated := [i for i, times in Counter(row.sample_id for row in rows).items() if times > 1]:
@@ -160,10 +194,14 @@ def check_counts(task: Task, manifest: Manifest) -> list[str]:
     """Warnings about counts that the task allows. Raises DataError for those it does not."""
     counts: Counter[str] = Counter(label for row in manifest.rows for label in row.labels)
     expected = dict(task.expect.classes) or ({"samples": task.expect.n} if task.expect.n else {})
+    if not expected:
+        return ["nobody has counted this split: its size is not checked"]
     found = {key: counts[key] if task.expect.classes else len(manifest.rows) for key in expected}
     if found == expected:
         return []
     text = ", ".join(f"{key} {found[key]} of {expected[key]}" for key in expected)
+    if not task.expect.verified:
+        return [f"other counts than expected, which nobody has verified: {text}"]
     if not task.expect.subset or any(found[key] > expected[key] for key in expected):
         raise DataError(manifest.root, f"split '{task.split}' of {task.name} has other counts than expected",
                         found=text, todo="check that the data is complete")  # fmt: skip
@@ -180,18 +218,25 @@ def _load(config: EvaluateConfig, model: tuple[Any, Any, Any] | None) -> Encoder
     return Encoder(config.model_name or config.model, net.to(device), preprocess, tokenizer, device)
 
 
-def _run(plan: _Plan, encoder: Encoder, config: EvaluateConfig, out: str | Path, progress: Progress) -> TaskResult:
+def _run(
+    plan: _Plan, plans: Sequence[_Plan], encoder: Encoder, config: EvaluateConfig, out: str | Path, progress: Progress
+) -> TaskResult:
     task = plan.task
-    images = embed_images(
-        encoder.model, encoder.preprocess, plan.manifest, batch_size=config.batch_size, workers=config.workers,
-        device=encoder.device, precision=config.precision, processes=config.processes,
-        max_excluded=config.max_excluded, cache=config.cache,
-        model_hash=encoder.fingerprint, progress=progress,
-    )  # fmt: skip
+
+    def embed(manifest: Manifest, read: Any = None) -> ImageEmbeddings:
+        return embed_images(
+            encoder.model, encoder.preprocess, manifest, read=read, batch_size=config.batch_size,
+            workers=config.workers, device=encoder.device, precision=config.precision,
+            processes=config.processes if read is None else 1, max_excluded=config.max_excluded,
+            # Corrupted pictures share ids and files with clean ones, so they must not share a cache.
+            cache=config.cache if read is None else None, model_hash=encoder.fingerprint, progress=progress,
+        )  # fmt: skip
+
+    images = embed(plan.manifest)
     readable = dict(zip(images.sample_ids, images.vectors, strict=True))
     rows = [row for row in plan.manifest.rows if row.sample_id in readable]
-    score = score_zero_shot if task.kind == "zero_shot" else score_retrieval
-    scores = score(plan, rows, images.vectors, encoder)
+    score: Any = {"zero_shot": score_zero_shot, "options": score_options_of, "retrieval": score_retrieval}[task.kind]
+    scores: Scores = score(plan, rows, images.vectors, encoder)
     with progress(f"scoring {task.name}", None):
         facts = measure(
             scores, task.metrics.names, by=task.bootstrap.by, resamples=config.bootstrap.n,
@@ -200,19 +245,58 @@ def _run(plan: _Plan, encoder: Encoder, config: EvaluateConfig, out: str | Path,
     record = _describe(plan, images, rows, encoder, config) | facts | {"scores_sha256": hash_scores(scores)}
     if isinstance(scores, RankScores):
         record["examples"] = _examples(scores, rows)
+        record["strict"] = measure_strict(rows, images.vectors, encoder, task.metrics.names)
+    record["dataset"]["leakage"] = read_leakage(config.leakage.get(task.name))
+
+    def outside(name: str) -> NDArray[np.float32]:
+        return embed(next(other for other in plans if other.task.name == name).manifest).vectors
+
+    scored = Scored(
+        task=task, manifest=plan.manifest, rows=rows, images=images.vectors, scores=scores,
+        prompts=_embed_prompts(plan.prompts, encoder), logit_scale=encoder.logit_scale, embed=embed,
+        embed_texts=lambda texts: embed_texts(encoder.model, encoder.tokenizer, texts, device=encoder.device),
+        read_split=lambda split: read_other_split(task, config.data[task.name], split), outside=outside,
+    )  # fmt: skip
+    if beyond := measure_beyond(scored, config):
+        record["beyond"] = beyond
     return write_result(out, record, scores)
 
 
-def score_zero_shot(
-    plan: _Plan, rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder
-) -> ClassScores:
-    """Cosines of every image with every class."""
-    labels = list(plan.prompts)
-    flat = [sentence for label in labels for sentence in plan.prompts[label]]
+def read_other_split(task: Task, root: str | Path, split: str) -> Manifest:
+    """The manifest of another split of the task's data, for whatever is learnt or chosen there."""
+    # A layout that was told to read the task's own split alone must read this one.
+    layout = task.layout | ({"splits": [split]} if isinstance(task.layout.get("splits"), list) else {})
+    return read_split(task.model_copy(update={"split": split, "select_split": None, "layout": layout}), root)
+
+
+def _embed_prompts(prompts: dict[str, list[str]], encoder: Encoder) -> list[NDArray[np.float32]]:
+    if not prompts:
+        return []
+    flat = [sentence for sentences in prompts.values() for sentence in sentences]
     vectors = embed_texts(encoder.model, encoder.tokenizer, flat, device=encoder.device)
-    ends = np.cumsum([len(plan.prompts[label]) for label in labels])
-    parts = np.split(vectors, ends[:-1])
-    return ClassScores(
+    return np.split(vectors, np.cumsum([len(sentences) for sentences in prompts.values()])[:-1])
+
+
+def score_options_of(
+    plan: _Plan, rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder
+) -> Scores:
+    """Cosines of every image with its own options."""
+    return score_option_sets(plan.task, rows, images, encoder, group_ids(rows))
+
+
+def score_zero_shot(
+    plan: Any, rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder
+) -> ClassScores | LabelScores:
+    """Cosines of every image with every class; of slides where the task pools patches.
+
+    `plan` has a task, its prompts and, where it is not `default`, the prompt set.
+    """
+    if plan.task.labels == "multi":
+        prompt_set = getattr(plan, "prompt_set", "default")
+        return score_label_sets(plan.task, plan.prompts, prompt_set, rows, images, encoder, group_ids(rows))
+    labels = list(plan.prompts)
+    parts = _embed_prompts(plan.prompts, encoder)
+    scores = ClassScores(
         sample_ids=tuple(row.sample_id for row in rows),
         group_ids=group_ids(rows),
         classes=tuple(labels),
@@ -220,6 +304,7 @@ def score_zero_shot(
         cosines=score_classes(images, parts, plan.task.ensemble, encoder.logit_scale),
         logit_scale=encoder.logit_scale,
     )
+    return pool_slides(scores, plan.task.pool) if plan.task.pool else scores
 
 
 def score_retrieval(
@@ -247,6 +332,25 @@ def score_retrieval(
     )
 
 
+def measure_strict(
+    rows: Sequence[LabelledImage], images: NDArray[np.float32], encoder: Encoder, names: tuple[str, ...]
+) -> dict[str, float]:
+    """The same metrics where only a query's own partner is right: what a single-positive protocol reports."""
+    captions = [str(row.text) for row in rows]
+    unique = list(dict.fromkeys(captions))
+    place = {caption: i for i, caption in enumerate(unique)}
+    texts = embed_texts(encoder.model, encoder.tokenizer, unique, device=encoder.device)
+    texts = texts[[place[caption] for caption in captions]]
+    own = np.arange(len(rows))
+    to_text, to_image = rank_candidates(images, texts, own, own), rank_candidates(texts, images, own, own)
+    scores = RankScores(
+        sample_ids=tuple(row.sample_id for row in rows), group_ids=None, caption_ids=own, image_to_text=to_text.ranks,
+        text_to_image=to_image.ranks, image_to_text_top=to_text.top, text_to_image_top=to_image.top,
+        cosines=np.zeros(len(rows), dtype=np.float32), logit_scale=encoder.logit_scale,
+    )  # fmt: skip
+    return {name: float(statistic(None)) for name, statistic in statistics_of(scores, names).items()}
+
+
 def group_ids(rows: Sequence[LabelledImage]) -> tuple[str, ...] | None:
     """Group of each row, its own id where it has none; None where no row has one."""
     if all(row.group_id is None for row in rows):
@@ -260,7 +364,7 @@ def _describe(
     """The part of the record that says what was measured, on what and with what."""
     task, groups = plan.task, group_ids(rows)
     drops = [*plan.manifest.drops, *images.drops]
-    counts = Counter(row.labels[0] for row in rows) if task.classes else Counter()
+    counts = Counter(label for row in rows for label in row.labels) if task.classes else Counter()
     return {
         "task": task.name,
         "suite": task.suite,
@@ -285,6 +389,7 @@ def _describe(
             "licence": task.licence,
             "citation": task.citation,
             "contamination": task.contamination,
+            "verified": task.verified,
             "excluded": {
                 "n": len(drops),
                 "by_reason": dict(sorted(Counter(drop.reason for drop in drops).items())),
@@ -297,6 +402,7 @@ def _describe(
         "ensemble": task.ensemble.model_dump() if plan.prompts else None,
         "selection": {"split": task.select_split, "hparams": {}},
         "seed": config.seed,
+        "published": [entry.model_dump() for entry in task.published],
         "warnings": plan.warnings,
         "code": {"git": git_commit()},
         "versions": versions(),

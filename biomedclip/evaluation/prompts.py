@@ -50,6 +50,22 @@ def compile_prompts(task: Task, prompt_set: str = "default", *, synonyms: bool |
     return prompts
 
 
+def compile_negatives(task: Task, prompt_set: str = "default") -> dict[str, list[str]]:
+    """{label: prompts that say it is absent} of a task of several labels.
+
+    A label that is itself an absence says its complement instead: "no no finding" is how published AUROCs came out
+    below 0.1.
+    """
+    chosen = task.prompt_sets[prompt_set]
+    prompts = {
+        entry.label: [fill(t, entry.complement) for t in chosen.templates] if entry.complement
+        else [fill(t, entry.name) for t in chosen.negative]
+        for entry in task.classes
+    }  # fmt: skip
+    check_residue(prompts, f"task {task.name}, prompt set {prompt_set}, negatives")
+    return prompts
+
+
 def fill(template: str, name: str) -> str:
     """The template with the class name in its one `{}`. Raises ConfigError where it has none, or several."""
     if template.count("{}") != 1:

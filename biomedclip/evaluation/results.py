@@ -92,6 +92,22 @@ def read_results(out: str | Path) -> list[TaskResult]:
     return sorted(results, key=lambda result: str(result.record["time"]))
 
 
+def write_skipped(out: str | Path, skipped: Mapping[str, str]) -> None:
+    """Keep which tasks were not run and why, for the report's appendix; a task that has a result is not among them."""
+    path = Path(out) / "skipped.json"
+    known = read_skipped(out) | dict(skipped)
+    done = {result.task for result in read_results(out)}
+    write_json(path, {task: reason for task, reason in sorted(known.items()) if task not in done})
+
+
+def read_skipped(out: str | Path) -> dict[str, str]:
+    """{task: why it was skipped}; empty where nothing was."""
+    try:
+        return {str(k): str(v) for k, v in json.loads((Path(out) / "skipped.json").read_bytes()).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def slug(name: str) -> str:
     """A model name as a file name: `hf-hub:org/model` becomes `hf-hub-org-model`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

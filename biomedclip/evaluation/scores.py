@@ -21,6 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from biomedclip.errors import DataError
 from biomedclip.evaluation import calibration, metrics, ordinal
+from biomedclip.evaluation.answer_scores import (
+    LabelScores,
+    OptionScores,
+    label_statistics,
+    label_tables,
+    option_statistics,
+    option_tables,
+)
 from biomedclip.evaluation.influence import EXACT_CELLS, balanced_accuracy_sums, choose_auroc
 from biomedclip.evaluation.retrieval import chance_recall, chance_reciprocal_rank
 from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap, bound_flawless
@@ -61,7 +69,7 @@ class RankScores:
     logit_scale: float
 
 
-Scores = ClassScores | RankScores
+Scores = ClassScores | RankScores | LabelScores | OptionScores
 
 
 def write_scores(path: str | Path, scores: Scores) -> str:
@@ -88,6 +96,11 @@ def read_scores(path: str | Path) -> Scores:
         }
         if "classes" in arrays:
             return ClassScores(classes=tuple(arrays["classes"].tolist()), y=arrays["y"], **facts)
+        if "labels" in arrays:
+            return LabelScores(labels=tuple(arrays["labels"].tolist()), truth=arrays["truth"], **facts)
+        if "answer_texts" in arrays:
+            texts = {key: tuple(arrays[key].tolist()) for key in ("answer_texts", "sets")}
+            return OptionScores(sizes=arrays["sizes"], answers=arrays["answers"], **texts, **facts)
         names = ("caption_ids", "image_to_text", "text_to_image", "image_to_text_top", "text_to_image_top")
         return RankScores(**{name: arrays[name] for name in names}, **facts)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -107,7 +120,7 @@ def hash_scores(scores: Scores) -> str:
 def _arrays(scores: Scores) -> dict[str, NDArray[Any]]:
     values: dict[str, Any] = {name: getattr(scores, name) for name in type(scores).__dataclass_fields__}
     values["group_ids"] = scores.group_ids or ()
-    text = ("sample_ids", "group_ids", "classes")
+    text = ("sample_ids", "group_ids", "classes", "labels", "answer_texts", "sets")
     arrays = {k: np.asarray(v, dtype=np.str_ if k in text else None) for k, v in values.items()}
     return {"format": np.asarray(FORMAT_VERSION), **arrays}
 
@@ -119,6 +132,10 @@ def statistics_of(scores: Scores, names: tuple[str, ...], resampler: Resampler |
     """
     if isinstance(scores, RankScores):
         table = _rank_statistics(scores)
+    elif isinstance(scores, LabelScores):
+        table = label_statistics(scores)
+    elif isinstance(scores, OptionScores):
+        table = option_statistics(scores)
     else:
         table = _class_statistics(scores)
         if resampler is not None and scores.cosines.size * resampler.resamples > EXACT_CELLS:
@@ -198,7 +215,9 @@ def measure(
     statistics = statistics_of(scores, names, resampler)
     intervals = bootstrap(statistics, resampler, level=level)
     num_classes = len(scores.classes) if isinstance(scores, ClassScores) else 0
-    undefined = metrics.explain_undefined(scores.y, num_classes) if isinstance(scores, ClassScores) else "no samples"
+    undefined = "no label has both kinds" if isinstance(scores, LabelScores) else "no samples"
+    if isinstance(scores, ClassScores):
+        undefined = metrics.explain_undefined(scores.y, num_classes) or "undefined"
     facts: dict[str, Any] = {
         "metrics": {
             name: _entry(
@@ -212,6 +231,10 @@ def measure(
     }
     if isinstance(scores, ClassScores):
         return facts | _class_tables(scores)
+    if isinstance(scores, LabelScores):
+        return facts | label_tables(scores)
+    if isinstance(scores, OptionScores):
+        return facts | option_tables(scores)
     return facts | {"baselines": {"random": _random_ranks(scores, names)}}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,8 @@ CLASS_METRICS = (
     "balanced_accuracy", "accuracy", "auroc", "auroc_pairs", "auroc_micro", "auprc", "macro_f1", "weighted_f1", "mcc",
     "kappa", "quadratic_kappa", "mean_absolute_error", "within_one", "ece", "ace", "brier", "nll",
 )  # fmt: skip
+LABEL_METRICS = ("auroc", "auprc", "macro_f1")
+OPTION_METRICS = ("accuracy", "over_chance")
 RANK_METRICS = tuple(
     f"{direction}/{metric}"
     for direction in ("image_to_text", "text_to_image")
@@ -38,6 +40,8 @@ class ClassName(Config):
     name: str
     synonyms: tuple[str, ...] = ()
     positive: bool = False
+    complement: str = ""
+    """Labels that are themselves an absence ("no finding"): what is seen where they do not hold, said in words."""
 
 
 class PromptSet(Config):
@@ -47,6 +51,8 @@ class PromptSet(Config):
     """Who wrote these prompts: a paper, a repository, or this project."""
     templates: tuple[str, ...] = ()
     per_class: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    negative: tuple[str, ...] = ()
+    """Several labels only: what is said where a label is absent, such as `no {}`."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -98,8 +104,12 @@ class Published(Config):
     model: str
     metric: str
     value: float
+    n: int | None
+    """Samples it was measured on; null where the source does not say."""
     prompt_set: str | None = None
     source: str
+    verified: bool = False
+    """Whether somebody read it in the source itself."""
 
 
 class Task(Config):
@@ -109,8 +119,12 @@ class Task(Config):
     suite: str
     title: str
     modality: str
-    kind: Literal["zero_shot", "retrieval"]
+    kind: Literal["zero_shot", "options", "retrieval"]
     labels: Literal["single", "multi", "ordinal"] = "single"
+    closed: bool = True
+    """Several labels: what a row does not name is absent. False: only what it denies is, the rest is not stated."""
+    pool: Annotated[int, Field(ge=1)] | None = None
+    """Rows are patches of the slide that is their group: a slide's score is the mean of its `pool` highest."""
     layout: dict[str, Any]
     """`type` names a layout of biomedclip.layouts, the other keys are its options."""
     split: str
@@ -124,6 +138,8 @@ class Task(Config):
     group: str | None = None
     """What a group is, in words; None where the data does not say which samples belong together."""
     expect: Expect = Expect()
+    verified: bool = True
+    """Whether class list and layout were checked against the data or its makers' code."""
     licence: str
     citation: str
     contamination: str
@@ -135,7 +151,7 @@ class Task(Config):
             raise ValueError(f"select_split must differ from split ('{self.split}'): nothing is chosen on scored data")
         if "type" not in self.layout:
             raise ValueError("layout needs a type")
-        known = CLASS_METRICS if self.kind == "zero_shot" else RANK_METRICS
+        known = self._known_metrics()
         for name in self.metrics.names:
             if name not in known:
                 raise ValueError(f"metric '{name}' is unknown for {self.kind};{_suggest(name, known)}")
@@ -143,7 +159,17 @@ class Task(Config):
             self._check_classes()
         return self
 
+    def _known_metrics(self) -> tuple[str, ...]:
+        if self.kind == "zero_shot":
+            return LABEL_METRICS if self.labels == "multi" else CLASS_METRICS
+        return OPTION_METRICS if self.kind == "options" else RANK_METRICS
+
     def _check_classes(self) -> None:
+        if self.pool and self.labels == "multi":
+            raise ValueError("slides are pooled for classes that exclude each other, not for several labels")
+        for key, prompts in self.prompt_sets.items():
+            if self.labels == "multi" and not (prompts.negative and prompts.templates):
+                raise ValueError(f"prompt set '{key}' needs templates and negative templates: each label is two")
         labels = [c.label for c in self.classes]
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"zero_shot needs two or more classes with different labels, not {labels}")
