@@ -204,7 +204,7 @@ def run_outside(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def run_subgroups(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
-    """The primary metric of every value of the attribute with its interval, worst group, gap and equity-scaled value."""
+    """The primary metric of every value of the attribute, with intervals; worst group, gap, equity-scaled value."""
     attribute, scores = config.subgroups[scored.task.name], _class_scores(scored)
     values = [row.attributes.get(attribute) for row in scored.rows]
     if not any(values):

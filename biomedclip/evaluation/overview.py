@@ -1,0 +1,328 @@
+"""The overview: all results of a folder, any number of models and tasks, as one HTML page and as Markdown.
+
+Reads result records and their stored scores; yields `report.html`, which needs nothing but a browser, and `report.md`
+with the same tables. Averages are over tasks of one metric that every model has, with their names; nothing else is
+averaged. The page of one training run, before and after, is report.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomedclip.errors import DataError
+from biomedclip.evaluation import metrics
+from biomedclip.evaluation.appendix import write_appendix
+from biomedclip.evaluation.compare import Change, compare_results
+from biomedclip.evaluation.markup import interval_text, name_metric, round_value
+from biomedclip.evaluation.plots import draw_boxes, draw_forest, draw_square
+from biomedclip.evaluation.results import TaskResult, read_results, read_skipped
+from biomedclip.evaluation.scores import ClassScores, read_scores
+from biomedclip.evaluation.sections import LIMITS, write_confusions
+from biomedclip.files import write_text
+from biomedclip.page import write_page
+from biomedclip.page.markup import to_text, write_table
+
+Results = Mapping[str, Mapping[str, TaskResult]]
+"""{task: {model: newest result}}"""
+_GENERAL = "general"
+
+
+def write_overview(results: str | Path, out: str | Path) -> list[Path]:
+    """Write `report.html` and `report.md` under `out`. Raises DataError for a folder without results."""
+    found = read_results(results)
+    if not found:
+        raise DataError(results, "holds no results", todo="run `biomedclip eval run` with --out of this name")
+    table = arrange(found)
+    changes = compare_models(table)
+    tables = [("Results", matrix(table)), ("Averages", averages(table)), ("Differences", difference_rows(changes)),
+              ("Beyond accuracy", beyond_rows(table)), ("Published results", published_rows(table)),
+              ("Skipped", [("task", "why"), *read_skipped(results).items()])]  # fmt: skip
+    lines = ["# Evaluation", "", *(f"> {limit}" for limit in LIMITS), ""]
+    for title, rows in tables:
+        if len(rows) > 1:
+            lines += [f"## {title}", "", *_markdown(rows), ""]
+    write_text(Path(out) / "report.md", "\n".join(lines))
+    named = dict(tables)
+    sections = [
+        "<header>\n<h1>Evaluation</h1></header>",
+        *(_section(title, named[title]) for title in ("Results", "Averages")),
+        _forest(changes), *(_section(t, named[t]) for t in ("Differences", "Published results")),
+        _curves(table), *_confusions(table), _few_shot(table), _boxes(table), _subgroups(table), _forgetting(table),
+        _section("Beyond accuracy", named["Beyond accuracy"]), _limits(table), _section("Skipped", named["Skipped"]),
+        *_appendices(table),
+    ]  # fmt: skip
+    page = write_page(Path(out) / "report.html", "Evaluation", sections, footer=LIMITS[0])
+    return [page, Path(out) / "report.md"]
+
+
+def arrange(results: Iterable[TaskResult]) -> dict[str, dict[str, TaskResult]]:
+    """{task: {model: newest result}}."""
+    table: dict[str, dict[str, TaskResult]] = {}
+    for result in results:
+        table.setdefault(result.task, {})[result.model] = result
+    return table
+
+
+def matrix(table: Results) -> list[tuple[str, ...]]:
+    """Sets by models: primary metric with interval; baselines, leakage, excluded images and n beside it."""
+    models = _models(table)
+    rows = [("task", "metric", *models, "random", "majority", "n", "excluded", "leakage")]
+    for by_model in table.values():
+        record = next(iter(by_model.values())).record
+        name = record["primary"]
+        cells = [_cell(by_model[m].metrics[name]) if m in by_model else "–" for m in models]
+        base = [round_value(record["baselines"].get(kind, {}).get(name)) for kind in ("random", "majority")]
+        data = record["dataset"]
+        leaks = {str(r.record["dataset"].get("leakage", {}).get("text", "not checked")) for r in by_model.values()}
+        rows.append((record["title"], name_metric(name), *cells, *base, f"{data['n']:,}",
+                     str(data["excluded"]["n"]), " / ".join(sorted(leaks))))  # fmt: skip
+    return rows
+
+
+def averages(table: Results) -> list[tuple[str, ...]]:
+    """Means over the tasks of one suite and one primary metric that all models have, listing them."""
+    models = _models(table)
+    rows: list[tuple[str, ...]] = [("suite", "metric", *models, "mean of")]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for task, by_model in table.items():
+        record = next(iter(by_model.values())).record
+        if all(m in by_model and by_model[m].metrics[record["primary"]]["value"] is not None for m in models):
+            kinds.setdefault((record["suite"], record["primary"]), []).append(task)
+    for (suite, name), tasks in kinds.items():
+        if len(tasks) > 1:
+            means = [np.mean([table[t][m].metrics[name]["value"] for t in tasks]) for m in models]
+            rows.append((suite, name_metric(name), *(round_value(float(v)) for v in means), ", ".join(tasks)))
+    return rows
+
+
+def compare_models(table: Results) -> dict[str, list[Change]]:
+    """{other model: changes against the first one}, empty for a single model."""
+    first, *others = _models(table)
+    ours = [by_model[first] for by_model in table.values() if first in by_model]
+    found = {}
+    for other in others:
+        theirs = [by_model[other] for by_model in table.values() if other in by_model]
+        if {r.task for r in ours} & {r.task for r in theirs}:
+            found[f"{other} against {first}"] = compare_results(ours, theirs, resamples=1000)
+    return found
+
+
+def difference_rows(changes: Mapping[str, Sequence[Change]]) -> list[tuple[str, ...]]:
+    """Each comparison as text: difference, interval, Holm-adjusted p, verdict."""
+    rows: list[tuple[str, ...]] = [("models", "task", "metric", "difference", "95 % interval", "p (Holm)", "")]
+    for pair, entries in changes.items():
+        for c in entries:
+            shown = (
+                ("", "", "") if c.reason else (f"{c.value:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p_holm:.3g}")
+            )
+            rows.append((pair, c.task, name_metric(c.metric), *shown, c.verdict))
+    return rows
+
+
+def published_rows(table: Results) -> list[tuple[str, ...]]:
+    """Published figures of the task's set beside ours. Another model's figure is context, not a reproduction."""
+    rows: list[tuple[str, ...]] = [("task", "published model", "metric", "published", "n there", "ours", "source")]
+    for by_model in table.values():
+        for model, result in by_model.items():
+            for entry in result.record.get("published", ()):
+                own = result.metrics.get(entry["metric"])
+                ours = f"{model}: {_cell(own)}" if own else "not measured"
+                rows.append((result.record["title"], entry["model"], name_metric(entry["metric"]),
+                             round_value(entry["value"]), f"{entry['n']:,}" if entry["n"] else "not said", ours,
+                             entry["source"]))  # fmt: skip
+    return rows
+
+
+def beyond_rows(table: Results) -> list[tuple[str, ...]]:
+    """Adapters, calibration, outsiders, corruptions and composition, one number a row; reasons where there is none."""
+    rows: list[tuple[str, ...]] = [("task", "model", "what", "value", "remark")]
+    for task, by_model in table.items():
+        for model, result in by_model.items():
+            for section, found in result.record.get("beyond", {}).items():
+                rows += [(task, model, *row) for row in _facts(section, found)]
+    return rows
+
+
+def _facts(section: str, found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if "reason" in found:
+        return [(section.replace("_", " "), "–", str(found["reason"]))]
+    rows: list[tuple[str, str, str]] = []
+    if section == "adapters":
+        for name, entry in found.items():
+            tags = ", ".join([f"chosen on {entry['selection']['split']}", *entry["selection"].get("tags", ())])
+            rows.append((f"{name}, balanced accuracy", round_value(entry["balanced_accuracy"]), tags))
+    elif section == "calibration":
+        rows.append(("ECE at the model's own scale", round_value(found["own_scale"]["ece"]), ""))
+        t = found["temperature"]
+        rows.append(("ECE after a temperature", round_value(t.get("ece")),
+                     t.get("reason") or f"T = {t['value']:.3g}, fitted on {t['split']}"))  # fmt: skip
+    elif section == "ood":
+        for name, kinds in found.items():
+            rows += [(f"{name}, {kind}, AUROC", round_value(kinds[kind]["mean"]["auroc"]),
+                      ", ".join(kinds[kind]["sets"])) for kind in ("near", "far") if kind in kinds]  # fmt: skip
+    elif section == "corruptions":
+        rows.append(("kept under corruption", round_value(found["kept"]), f"worst: {found['worst']}"))
+    elif section == "composition":
+        rows += [(f"{name} foils refused", round_value(e.get("accuracy")), e.get("reason") or f"n {e['n']}, chance 0.5")
+                 for name, e in found.items()]  # fmt: skip
+    return rows
+
+
+def _curves(table: Results) -> str:
+    blocks = []
+    for by_model in table.values():
+        roc, pr, reliability = {}, {}, {}
+        for model, result in by_model.items():
+            if not result.scores_path.exists():
+                continue
+            scores = read_scores(result.scores_path)
+            if isinstance(scores, ClassScores) and len(scores.classes) == 2:
+                positive, margin = scores.y == 1, metrics.difference(scores.cosines)
+                false_rate, true_rate, _ = metrics.roc_curve(positive, margin)
+                roc[model] = _thin(false_rate, true_rate)
+                hits, alarms = true_rate * positive.sum(), false_rate * (~positive).sum()
+                pr[model] = _thin(true_rate[1:], (hits / np.maximum(hits + alarms, 1))[1:])
+            shown = result.record.get("beyond", {}).get("calibration", {}).get("reliability")
+            if shown:
+                reliability[model] = list(zip(shown["confidence"], shown["accuracy"], strict=True))
+        parts = [draw_square(roc, x_label="false positive rate", y_label="sensitivity", diagonal=True) if roc else "",
+                 draw_square(pr, x_label="sensitivity", y_label="precision") if pr else "",
+                 draw_square(reliability, x_label="confidence", y_label="accuracy", diagonal=True, dots=True)
+                 if reliability else ""]  # fmt: skip
+        if any(parts):
+            title = next(iter(by_model.values())).record["title"]
+            blocks.append(f'<h3>{to_text(title)}</h3><div class="pair">{"".join(parts)}</div>')
+    return _block("Curves", "ROC and precision by sensitivity; a calibrated model's dots lie on the diagonal.", blocks)
+
+
+def _thin(a: Any, b: Any) -> list[tuple[float, float]]:
+    keep = np.unique(np.linspace(0, len(a) - 1, min(len(a), 200)).astype(int))
+    return [(float(a[i]), float(b[i])) for i in keep]
+
+
+def _few_shot(table: Results) -> str:
+    blocks = []
+    for _, model, result, found in _with(table, "few_shot"):
+        curves = found["curves"]
+        top = max(float(k) for points in curves.values() for k in points) if curves else 1.0
+        lines = {n: [(float(k), v["mean"]) for k, v in points.items()] for n, points in curves.items()}
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        chart = draw_square(lines, x_label="images a class", y_label=found["metric"].replace("_", " "), x_max=top,
+                            dots=True, ticks=ticks)  # fmt: skip
+        rows = [(n, k, round_value(v["mean"]), round_value(v["sd"]), f"{v['min']:.3f} to {v['max']:.3f}", f"{v['n']:g}")
+                for n, points in curves.items() for k, v in points.items()]  # fmt: skip
+        spread = write_table(
+            ("method", "K", "mean", "sd over seeds", "range", "seeds"), [tuple(map(to_text, r)) for r in rows]
+        )
+        blocks.append(f"<h3>{to_text(result.record['title'])}, {to_text(model)}</h3>{chart}{spread}")
+    return _block("Few shots", "Means over seeds; draws are nested and hyper-parameters never chosen on test.", blocks)
+
+
+def _boxes(table: Results) -> str:
+    rows = [(f"{task}, {model}", found) for task, model, _, found in _with(table, "prompt_sensitivity")]
+    note = "The same images under random single prompts: minimum, quartiles and maximum of balanced accuracy."
+    return _block("Wording", note, [draw_boxes(rows)] if rows else [])
+
+
+def _subgroups(table: Results) -> str:
+    blocks = []
+    for _, model, result, found in _with(table, "subgroups"):
+        rows = [(g["name"], g["value"], g["ci_low"] or g["value"], g["ci_high"] or g["value"], f"n {g['n']}")
+                for g in found["groups"] if g["value"] is not None]  # fmt: skip
+        small = ", ".join(f"{g['name']} ({g['reason']})" for g in found["groups"] if g["value"] is None)
+        blocks.append(
+            f"<h3>{to_text(result.record['title'])}, {to_text(model)}, by {to_text(found['attribute'])}</h3>"
+            f"{draw_forest(rows, zero=found['overall'], low=0, high=1)}<p class='note'>{to_text(small)}</p>"
+        )
+    return _block("Subgroups", "Dashed: all samples. Groups too small to measure are named, not drawn.", blocks)
+
+
+def _forgetting(table: Results) -> str:
+    """General tasks beside medical ones, model by model: what was kept while the rest was learnt."""
+    general = [t for t, by in table.items() if next(iter(by.values())).record["suite"] == _GENERAL]
+    if not general:
+        return ""
+    rows = [row for row in matrix({t: table[t] for t in general})]
+    return _section("Retention", rows)
+
+
+def _forest(changes: Mapping[str, Sequence[Change]]) -> str:
+    blocks = []
+    for pair, entries in changes.items():
+        rows = [(c.task, c.value, c.low, c.high, c.verdict) for c in entries if not c.reason]
+        reach = max([0.05, *(max(abs(low), abs(high)) for _, _, low, high, _ in rows)])
+        if rows:
+            blocks.append(f"<h3>{to_text(pair)}</h3>{draw_forest(rows, zero=0, low=-reach, high=reach)}")
+    return _block(
+        "What changed", "Paired differences on the same samples with 95 % intervals; right is better.", blocks
+    )
+
+
+def _confusions(table: Results) -> list[str]:
+    first, *rest = _models(table)
+    old = {t: by[first].record for t, by in table.items() if first in by}
+    if not rest:
+        return [write_confusions({}, old).replace("<caption>after</caption>", f"<caption>{to_text(first)}</caption>")]
+    new = {t: by[rest[-1]].record for t, by in table.items() if rest[-1] in by}
+    html = write_confusions(old, new)
+    html = html.replace("<caption>before</caption>", f"<caption>{to_text(first)}</caption>")
+    return [html.replace("<caption>after</caption>", f"<caption>{to_text(rest[-1])}</caption>")]
+
+
+def _limits(table: Results) -> str:
+    lines = list(LIMITS)
+    for by_model in table.values():
+        record = next(iter(by_model.values())).record
+        lines += [f"{record['title']}: {text}" for text in (record["dataset"]["contamination"], *record["warnings"])]
+        if not record["dataset"].get("verified", True):
+            lines.append(f"{record['title']}: class list or layout of this task is not verified")
+    return f'<section id="limits"><h2>What this does not show</h2><ul>{"".join(f"<li>{to_text(x)}</li>" for x in lines)}</ul></section>'
+
+
+def _appendices(table: Results) -> list[str]:
+    newest = {task: list(by_model.values())[-1].record for task, by_model in table.items()}
+    return [write_appendix({}, newest, [], None)]
+
+
+def _with(table: Results, section: str) -> Iterable[tuple[str, str, TaskResult, Mapping[str, Any]]]:
+    for task, by_model in table.items():
+        for model, result in by_model.items():
+            found = result.record.get("beyond", {}).get(section)
+            if found and "reason" not in found:
+                yield task, model, result, found
+
+
+def _models(table: Results) -> list[str]:
+    return list(dict.fromkeys(model for by_model in table.values() for model in by_model))
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return f"undefined: {entry.get('reason', '')}"
+    return f"{round_value(entry['value'])} ({interval_text(entry)})"
+
+
+def _section(title: str, rows: Sequence[Sequence[str]]) -> str:
+    if len(rows) < 2:
+        return ""
+    body = write_table(tuple(map(to_text, rows[0])), [tuple(map(to_text, row)) for row in rows[1:]])
+    return f'<section><h2>{to_text(title)}</h2><div class="wide">{body}</div></section>'
+
+
+def _block(title: str, note: str, blocks: Sequence[str]) -> str:
+    if not blocks:
+        return ""
+    return f'<section><h2>{to_text(title)}</h2><p class="note">{to_text(note)}</p>{"".join(blocks)}</section>'
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    return [
+        f"| {' | '.join(cells[0])} |",
+        f"|{'---|' * len(cells[0])}",
+        *(f"| {' | '.join(row)} |" for row in cells[1:]),
+    ]

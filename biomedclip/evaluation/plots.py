@@ -1,0 +1,99 @@
+"""Charts of the evaluation overview as SVG text: curves in a square, forests of intervals, boxes of draws.
+
+Like `biomedclip.page.charts`, whose colours and classes they use: no script, no font, every label escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+COLOURS = ("var(--accent)", "var(--drop)", "var(--hit)", "var(--before)", "var(--ink)")
+_PAD, _SIDE = 44, 220
+
+
+def draw_square(
+    series: Mapping[str, Points], *, x_label: str, y_label: str, x_max: float = 1.0, diagonal: bool = False,
+    dots: bool = False, ticks: Sequence[float] | None = None,
+) -> str:  # fmt: skip
+    """Lines over x from 0 to `x_max` and y from 0 to 1, one colour a series, the key underneath."""
+
+    def x(value: float) -> float:
+        return round(_PAD + _SIDE * value / x_max, 1)
+
+    def y(value: float) -> float:
+        return round(10 + _SIDE * (1 - min(max(value, 0.0), 1.0)), 1)
+
+    marks = []
+    for step in (0, 0.25, 0.5, 0.75, 1):
+        marks.append(f'<line class="grid" x1="{x(0)}" x2="{x(x_max)}" y1="{y(step)}" y2="{y(step)}"/>')
+        marks.append(f'<text x="{_PAD - 6}" y="{y(step) + 4}" text-anchor="end">{step:g}</text>')
+    for step in ticks or [x_max * k / 4 for k in range(5)]:
+        marks.append(f'<text x="{x(step)}" y="{y(0) + 16}" text-anchor="middle">{step:g}</text>')
+    if diagonal:
+        marks.append(f'<line class="chance" x1="{x(0)}" y1="{y(0)}" x2="{x(x_max)}" y2="{y(1)}"/>')
+    key = []
+    for number, (name, points) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{x(a)},{y(b)}" for a, b in points)
+        marks.append(f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:2"/>')
+        if dots:
+            marks += [f'<circle cx="{x(a)}" cy="{y(b)}" r="3.5" style="fill:{colour}"/>' for a, b in points]
+        key.append(f'<span class="key"><svg width="14" height="10"><rect width="14" height="4" y="3" '
+                   f'style="fill:{colour}"/></svg>{escape(name)}</span>')  # fmt: skip
+    marks.append(f'<text x="{x(x_max / 2)}" y="{y(0) + 34}" text-anchor="middle">{escape(x_label)}</text>')
+    marks.append(f'<text x="12" y="{y(0.5)}" text-anchor="middle" transform="rotate(-90 12 {y(0.5)})">'
+                 f"{escape(y_label)}</text>")  # fmt: skip
+    width, height = _PAD + _SIDE + 16, _SIDE + 52
+    return (
+        f'<div><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(y_label + " by " + x_label, quote=True)}">{"".join(marks)}</svg>'
+        f"<div>{''.join(key)}</div></div>"
+    )
+
+
+def draw_forest(rows: Sequence[tuple[str, float, float, float, str]], *, zero: float, low: float, high: float) -> str:
+    """Rows (name, value, low, high, remark) as dots with whiskers between `low` and `high`, `zero` dashed."""
+    left, right, step = 230, 600, 28
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return round(left + (right - left) * min(max((value - low) / span, 0.0), 1.0), 1)
+
+    bottom = len(rows) * step + 8
+    marks = [f'<line class="chance" x1="{x(zero)}" x2="{x(zero)}" y1="2" y2="{bottom}"/>']
+    for number, (name, value, start, end, remark) in enumerate(rows):
+        y = number * step + 18
+        marks.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        marks.append(f'<line class="whisker after" x1="{x(start)}" x2="{x(end)}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<circle class="dot after" cx="{x(value)}" cy="{y}" r="4.5"/>')
+        marks.append(f'<text x="{right + 12}" y="{y + 4}">{escape(remark)}</text>')
+    for value in (low, zero, high):
+        marks.append(f'<text x="{x(value)}" y="{bottom + 14}" text-anchor="middle">{value:+.2f}</text>')
+    return (
+        f'<svg class="chart" viewBox="0 0 860 {bottom + 22}" role="img" aria-label="differences with intervals">'
+        f"{''.join(marks)}</svg>"
+    )
+
+
+def draw_boxes(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """Boxes of (name, {min, q1, median, q3, max}) on an axis from 0 to 1."""
+    left, right, step = 230, 820, 34
+
+    def x(value: float) -> float:
+        return round(left + (right - left) * value, 1)
+
+    bottom = len(rows) * step + 6
+    marks = [f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{bottom}"/>' for t in (0, 0.25, 0.5, 0.75, 1)]
+    marks += [f'<text x="{x(t)}" y="{bottom + 14}" text-anchor="middle">{t:g}</text>' for t in (0, 0.25, 0.5, 0.75, 1)]
+    for number, (name, box) in enumerate(rows):
+        y = number * step + 20
+        marks.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        marks.append(f'<line class="whisker after" x1="{x(box["min"])}" x2="{x(box["max"])}" y1="{y}" y2="{y}"/>')
+        wide = max(1.0, x(box["q3"]) - x(box["q1"]))
+        marks.append(f'<rect x="{x(box["q1"])}" y="{y - 8}" width="{wide:.1f}" height="16" '
+                     f'style="fill:var(--accent-soft);stroke:var(--accent)"/>')  # fmt: skip
+        marks.append(f'<line x1="{x(box["median"])}" x2="{x(box["median"])}" y1="{y - 8}" y2="{y + 8}" '
+                     f'style="stroke:var(--ink);stroke-width:2"/>')  # fmt: skip
+    return f'<svg class="chart" viewBox="0 0 860 {bottom + 22}" role="img" aria-label="draws">{"".join(marks)}</svg>'
