@@ -31,6 +31,13 @@ OPTIONS = {
     "models": set(),
     "doctor": set(),
 }
+EVAL_OPTIONS = {
+    "run": {"--model", "--out", "--suite", "--task", "--data-root", "--images", "--template", "--report", "--set"},
+    "tasks": {"--suite"},
+    "check": {"task", "--data-root"},
+    "compare": {"first", "second", "--resamples"},
+    "report": {"results", "--out"},
+}
 
 
 def run(*arguments, **kw):
@@ -83,19 +90,30 @@ def test_the_commands_about_models_and_their_options_are_frozen():
     assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == MODEL_OPTIONS
 
 
+def test_the_commands_of_evaluation_and_their_options_are_frozen():
+    found = COMMANDS["eval"].commands
+    assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == EVAL_OPTIONS
+
+
 def test_the_commands_and_their_options_are_frozen():
     data = COMMANDS["data"].commands
     assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in data.items()} == DATA_OPTIONS
     found = {
         name: {p.opts[0] for p in command.params if p.opts[0] != "--help"}
         for name, command in COMMANDS.items()
-        if name not in ("data", "runs")
+        if name not in ("data", "runs", "eval")
     }
     assert found == OPTIONS
 
 
 @pytest.mark.parametrize(
-    "name", [*OPTIONS, *(f"data {name}" for name in DATA_OPTIONS), *(f"models {name}" for name in MODEL_OPTIONS)]
+    "name",
+    [
+        *OPTIONS,
+        *(f"data {name}" for name in DATA_OPTIONS),
+        *(f"models {name}" for name in MODEL_OPTIONS),
+        *(f"eval {name}" for name in EVAL_OPTIONS),
+    ],
 )
 def test_every_command_has_help_and_an_example(name):
     done = CliRunner().invoke(cli.app, [*name.split(), "--help"])

@@ -155,7 +155,9 @@ def read_split(task: Task, root: str | Path) -> Manifest:
 
 def select_split(manifest: Manifest, task: Task) -> Manifest:
     """The rows of the task's split. Raises DataError where there are none, or not what the task asks about."""
-    rows = tuple(row for row in manifest.rows if row.split == task.split)
+    # Data without any split, of a task that has only one, is that one.
+    undivided = task.select_split is None and all(row.split is None for row in manifest.rows)
+    rows = tuple(row for row in manifest.rows if undivided or row.split == task.split)
     if not rows:
         found = ", ".join(sorted({str(row.split) for row in manifest.rows})) or "no rows"
         raise DataError(manifest.root, f"has nothing in split '{task.split}'", found=found, todo="check data and split")

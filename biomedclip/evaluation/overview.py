@@ -208,18 +208,23 @@ def _few_shot(table: Results) -> str:
     blocks = []
     for _, model, result, found in _with(table, "few_shot"):
         curves = found["curves"]
-        top = max(float(k) for points in curves.values() for k in points) if curves else 1.0
-        lines = {n: [(float(k), v["mean"]) for k, v in points.items()] for n, points in curves.items()}
+        top = max((float(k) for points in curves.values() for k in points), default=1.0)
+        lines = {name: [(float(k), v["mean"]) for k, v in points.items()] for name, points in curves.items()}
         ticks = sorted({x for points in lines.values() for x, _ in points})
-        chart = draw_square(lines, x_label="images a class", y_label=found["metric"].replace("_", " "), x_max=top,
-                            dots=True, ticks=ticks)  # fmt: skip
-        rows = [(n, k, round_value(v["mean"]), round_value(v["sd"]), f"{v['min']:.3f} to {v['max']:.3f}", f"{v['n']:g}")
-                for n, points in curves.items() for k, v in points.items()]  # fmt: skip
-        spread = write_table(
-            ("method", "K", "mean", "sd over seeds", "range", "seeds"), [tuple(map(to_text, r)) for r in rows]
+        label = found["metric"].replace("_", " ")
+        chart = draw_square(lines, x_label="images a class", y_label=label, x_max=top, dots=True, ticks=ticks)
+        rows = [(name, k, round_value(v["mean"]), round_value(v["sd"]), f"{v['min']:.3f} to {v['max']:.3f}",
+                 f"{v['n']:g}") for name, points in curves.items() for k, v in points.items()]  # fmt: skip
+        head = ("method", "K", "mean", "sd over seeds", "range", "seeds")
+        spread = write_table(head, [tuple(map(to_text, row)) for row in rows])
+        remarks = [*found["tags"], *(f"{what}: {why}" for what, why in found["failed"].items())]
+        remarks += [f"fewer images than asked for: {', '.join(found['short'])}"] if found["short"] else []
+        blocks.append(
+            f"<div><h3>{to_text(result.record['title'])}, {to_text(model)}</h3>{chart}<details><summary>all numbers"
+            f'</summary>{spread}</details><p class="note">{to_text("; ".join(remarks))}</p></div>'
         )
-        blocks.append(f"<h3>{to_text(result.record['title'])}, {to_text(model)}</h3>{chart}{spread}")
-    return _block("Few shots", "Means over seeds; draws are nested and hyper-parameters never chosen on test.", blocks)
+    note = "Means over seeds; draws are nested, and what is chosen on the scored split is tagged."
+    return _block("Few shots", note, [f'<div class="pair">{"".join(blocks)}</div>'] if blocks else [])
 
 
 def _boxes(table: Results) -> str:
@@ -280,7 +285,8 @@ def _limits(table: Results) -> str:
         lines += [f"{record['title']}: {text}" for text in (record["dataset"]["contamination"], *record["warnings"])]
         if not record["dataset"].get("verified", True):
             lines.append(f"{record['title']}: class list or layout of this task is not verified")
-    return f'<section id="limits"><h2>What this does not show</h2><ul>{"".join(f"<li>{to_text(x)}</li>" for x in lines)}</ul></section>'
+    items = "".join(f"<li>{to_text(line)}</li>" for line in lines)
+    return f'<section id="limits"><h2>What this does not show</h2><ul>{items}</ul></section>'
 
 
 def _appendices(table: Results) -> list[str]:

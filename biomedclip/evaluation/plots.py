@@ -10,7 +10,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 COLOURS = ("var(--accent)", "var(--drop)", "var(--hit)", "var(--before)", "var(--ink)")
-_PAD, _SIDE = 44, 220
+_PAD, _SIDE = 58, 220
 
 
 def draw_square(
