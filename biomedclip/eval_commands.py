@@ -53,11 +53,12 @@ def eval_run(
     from biomedclip.evaluation.selection import find_data, folder_task
     from biomedclip.progress import terminal
 
+    skipped: dict[str, str] = {}
     if images is not None:
         if suite or task or data_root:
             raise ConfigError("--images", "stands alone", todo="leave out --suite, --task and --data-root")
         own = folder_task(images, template or ())
-        given, skipped, extra = {own.name: str(images)}, {}, {own.name: own}
+        given, extra = {own.name: str(images)}, {own.name: own}
     else:
         if template:
             raise ConfigError("--template", "goes with --images; a task's prompts are its own", todo="name --images")

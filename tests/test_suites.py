@@ -17,8 +17,8 @@ SUITES = {
 MEDMNIST = """pathmnist chestmnist dermamnist octmnist pneumoniamnist retinamnist breastmnist bloodmnist tissuemnist
 organamnist organcmnist organsmnist organmnist3d nodulemnist3d adrenalmnist3d fracturemnist3d vesselmnist3d
 synapsemnist3d""".split()
-UNIMED = """chexpert_5x200 rsna_pneumonia refuge fives odir200x3 deepdrid deepdrid_uwf organamnist organcmnist organsmnist
-acl_mri meniscus_mri thyroid_ultrasound busi lc25000_lung_all lc25000_colon pcam crc_val_he_8 bach osteosarcoma
+UNIMED = """chexpert_5x200 rsna_pneumonia refuge fives odir200x3 deepdrid deepdrid_uwf organamnist organcmnist
+organsmnist acl_mri meniscus_mri thyroid_ultrasound busi lc25000_lung_all lc25000_colon pcam crc_val_he_8 bach osteosarcoma
 skin_cancer_16 skin_tumor_4 sicapv2""".split()
 BIOMEDCLIP = {"pcam", "lc25000_lung_all", "lc25000_colon", "tcga_til", "rsna_pneumonia"}
 
@@ -105,3 +105,9 @@ def test_the_table_says_what_is_not_verified():
     text = tasks_table(choose_tasks("parasitology", ()))
     assert "unverified" in text
     assert text.endswith("3 tasks")
+
+
+def test_pitfall_09_breastmnist_0_is_malignant():
+    task = load_tasks()["breastmnist"]
+    assert [entry.label for entry in task.classes] == ["malignant", "normal, benign"]
+    assert "labels" in task.contamination

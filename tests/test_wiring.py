@@ -76,8 +76,8 @@ def kinds(tmp_path):
     for name, colour in {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "rg": (255, 200, 0)}.items():
         for number in range(6):
             (root / f"{name}{number}.png").write_bytes(picture(colour))
-    table(root / "t.csv", ["file", "label"],
-          [[f"{n}{i}.png", {"r": "R", "g": "G", "rg": "R|G"}[n]] for n in ("r", "g", "rg") for i in range(6)])  # fmt: skip
+    said = {"r": "R", "g": "G", "rg": "R|G"}
+    table(root / "t.csv", ["file", "label"], [[f"{n}{i}.png", label] for n, label in said.items() for i in range(6)])
     options = json.dumps(["a platelet", "a red blood cell", "a white blood cell"])
     table(root / "q.csv", ["file", "answer", "options"],
           [["r0.png", "a platelet", options], ["g0.png", "a red blood cell", options],

@@ -108,12 +108,13 @@ def run_adapters(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
 
 def run_few_shot(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
     """{method: {shots: mean, sd, min, max, n}} of balanced accuracy, and which classes were short."""
-    from biomedclip.evaluation.adapters.few_shot import summarise_shots, sweep_shots
+    from biomedclip.evaluation.adapters.few_shot import FewShot, summarise_shots, sweep_shots
 
     if config.few_shot is None:
         return {}
     train, selection, test = _splits(scored, config)
-    rows, failed = [], {}
+    rows: list[FewShot] = []
+    failed: dict[str, str] = {}
     for name in config.few_shot.methods:
         for shots in config.few_shot.shots:
             try:

@@ -38,7 +38,7 @@ def write_overview(results: str | Path, out: str | Path) -> list[Path]:
         raise DataError(results, "holds no results", todo="run `biomedclip eval run` with --out of this name")
     table = arrange(found)
     changes = compare_models(table)
-    tables = [("Results", matrix(table)), ("Averages", averages(table)), ("Differences", difference_rows(changes)),
+    tables: list[tuple[str, list[tuple[str, ...]]]] = [("Results", matrix(table)), ("Averages", averages(table)), ("Differences", difference_rows(changes)),
               ("Beyond accuracy", beyond_rows(table)), ("Published results", published_rows(table)),
               ("Skipped", [("task", "why"), *read_skipped(results).items()])]  # fmt: skip
     lines = ["# Evaluation", "", *(f"> {limit}" for limit in LIMITS), ""]

@@ -99,7 +99,7 @@ def read_scores(path: str | Path) -> Scores:
         if "labels" in arrays:
             return LabelScores(labels=tuple(arrays["labels"].tolist()), truth=arrays["truth"], **facts)
         if "answer_texts" in arrays:
-            texts = {key: tuple(arrays[key].tolist()) for key in ("answer_texts", "sets")}
+            texts: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ("answer_texts", "sets")}
             return OptionScores(sizes=arrays["sizes"], answers=arrays["answers"], **texts, **facts)
         names = ("caption_ids", "image_to_text", "text_to_image", "image_to_text_top", "text_to_image_top")
         return RankScores(**{name: arrays[name] for name in names}, **facts)
