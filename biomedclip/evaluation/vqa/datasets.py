@@ -201,7 +201,8 @@ def _read_vqa_med(root: Path) -> Iterator[Row]:
         yield {
             "where": f"{path.name}:{number}", "question_id": f"{path.stem}-{number}", "image": places.get(image, image),
             "question": rest[0] if rest else "", "answer": answers[0] if answers else "", "also_accepted": answers[1:],
-            "content_type": category or _first_words(rest[0] if rest else ""), "split": _split_in(path.relative_to(root).as_posix()),
+            "content_type": category or _first_words(rest[0] if rest else ""),
+            "split": _split_in(path.relative_to(root).as_posix()),
         }  # fmt: skip
 
 
