@@ -40,6 +40,7 @@ LEVELS = {
     "biomedclip.stream_commands": 8,
     "biomedclip.train_commands": 8,
     "biomedclip.model_commands": 8,
+    "biomedclip.eval_commands": 8,
     "biomedclip.continual_commands": 8,
     "biomedclip.data_commands": 9,
     "biomedclip.cli": 10,

@@ -18,7 +18,8 @@ MEDMNIST = """pathmnist chestmnist dermamnist octmnist pneumoniamnist retinamnis
 organamnist organcmnist organsmnist organmnist3d nodulemnist3d adrenalmnist3d fracturemnist3d vesselmnist3d
 synapsemnist3d""".split()
 UNIMED = """chexpert_5x200 rsna_pneumonia refuge fives odir200x3 deepdrid deepdrid_uwf organamnist organcmnist
-organsmnist acl_mri meniscus_mri thyroid_ultrasound busi lc25000_lung_all lc25000_colon pcam crc_val_he_8 bach osteosarcoma
+organsmnist acl_mri meniscus_mri thyroid_ultrasound busi lc25000_lung_all lc25000_colon pcam crc_val_he_8 bach
+osteosarcoma
 skin_cancer_16 skin_tumor_4 sicapv2""".split()
 BIOMEDCLIP = {"pcam", "lc25000_lung_all", "lc25000_colon", "tcga_til", "rsna_pneumonia"}
 

@@ -268,11 +268,16 @@ def _features(scored: Scored, split: str) -> Features:
     embedded = scored.embed(manifest)
     label = {entry.label: c for c, entry in enumerate(scored.task.classes)}
     rows = {row.sample_id: row for row in manifest.rows}
-    kept = [rows[i] for i in embedded.sample_ids]
+    # Near-copies of a scored image (its patient, slide or duplicate) may lie in the set's own training split.
+    scored_groups = {row.group_id for row in scored.rows if row.group_id}
+    places = [i for i, name in enumerate(embedded.sample_ids) if rows[name].group_id not in scored_groups]
+    if not places:
+        raise DataError(scored.task.name, f"every group of split '{split}' is also in the one that is scored")
+    kept = [rows[embedded.sample_ids[i]] for i in places]
     groups = None
     if any(row.group_id for row in kept):
         groups = tuple(row.group_id or f"sample:{row.sample_id}" for row in kept)
-    return Features(vectors=embedded.vectors, y=np.asarray([label[row.labels[0]] for row in kept], dtype=np.int64),
+    return Features(vectors=embedded.vectors[places], y=np.asarray([label[row.labels[0]] for row in kept], dtype=np.int64),
                     num_classes=len(label), split=split, groups=groups)  # fmt: skip
 
 
