@@ -277,8 +277,8 @@ def _features(scored: Scored, split: str) -> Features:
     groups = None
     if any(row.group_id for row in kept):
         groups = tuple(row.group_id or f"sample:{row.sample_id}" for row in kept)
-    return Features(vectors=embedded.vectors[places], y=np.asarray([label[row.labels[0]] for row in kept], dtype=np.int64),
-                    num_classes=len(label), split=split, groups=groups)  # fmt: skip
+    y = np.asarray([label[row.labels[0]] for row in kept], dtype=np.int64)
+    return Features(vectors=embedded.vectors[places], y=y, num_classes=len(label), split=split, groups=groups)
 
 
 def _fits() -> Mapping[str, Callable[..., Any]]:

@@ -38,15 +38,16 @@ def write_overview(results: str | Path, out: str | Path) -> list[Path]:
         raise DataError(results, "holds no results", todo="run `biomedclip eval run` with --out of this name")
     table = arrange(found)
     changes = compare_models(table)
-    tables: list[tuple[str, list[tuple[str, ...]]]] = [("Results", matrix(table)), ("Averages", averages(table)), ("Differences", difference_rows(changes)),
-              ("Beyond accuracy", beyond_rows(table)), ("Published results", published_rows(table)),
-              ("Skipped", [("task", "why"), *read_skipped(results).items()])]  # fmt: skip
+    named: dict[str, list[tuple[str, ...]]] = {
+        "Results": matrix(table), "Averages": averages(table), "Differences": difference_rows(changes),
+        "Beyond accuracy": beyond_rows(table), "Published results": published_rows(table),
+        "Skipped": [("task", "why"), *read_skipped(results).items()],
+    }  # fmt: skip
     lines = ["# Evaluation", "", *(f"> {limit}" for limit in LIMITS), ""]
-    for title, rows in tables:
+    for title, rows in named.items():
         if len(rows) > 1:
             lines += [f"## {title}", "", *_markdown(rows), ""]
     write_text(Path(out) / "report.md", "\n".join(lines))
-    named = dict(tables)
     sections = [
         "<header>\n<h1>Evaluation</h1></header>",
         *(_section(title, named[title]) for title in ("Results", "Averages")),
@@ -142,6 +143,10 @@ def beyond_rows(table: Results) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("task", "model", "what", "value", "remark")]
     for task, by_model in table.items():
         for model, result in by_model.items():
+            for name, value in result.record.get("strict", {}).items():
+                rows.append((task, model, f"strict {name_metric(name)}", round_value(value), "own partner only"))
+            for name, value in result.record.get("pooled_and_macro", {}).items():
+                rows.append((task, model, f"accuracy, {name.replace('_', ' ')}", round_value(value), ""))
             for section, found in result.record.get("beyond", {}).items():
                 rows += [(task, model, *row) for row in _facts(section, found)]
     return rows

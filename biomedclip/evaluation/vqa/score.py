@@ -129,18 +129,22 @@ def compare_answers(
 
     p values are Holm-adjusted over all comparisons made here. An interval that excludes zero says more than chance.
     """
-    ours = mark_answers(table, reference)
-    resampler = Resampler(len(ours.rows), groups=[row.group for row in ours.rows], resamples=resamples, seed=seed)
-    masks = {name: mask for name, mask in _masks(ours.rows).items() if "=" not in name}
+    theirs = {name: mark_answers(table, answers).exact for name, answers in others.items()}
+    return compare_marks(table, mark_answers(table, reference).exact, theirs, resamples=resamples, seed=seed)
+
+
+def compare_marks(
+    table: QuestionTable, ours: Floats, others: Mapping[str, Floats], *, resamples: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """As `compare_answers`, of (N,) marks in the table's order; those of several seeds are their means."""
+    resampler = Resampler(len(table.rows), groups=[row.group for row in table.rows], resamples=resamples, seed=seed)
+    masks = {name: mask for name, mask in _masks(table.rows).items() if "=" not in name}
     found: list[dict[str, Any]] = []
-    for other, answers in others.items():
-        theirs = mark_answers(table, answers)
+    for other, theirs in others.items():
         for name, mask in masks.items():
             row: dict[str, Any] = {"against": other, "metric": name, "n": int(mask.sum())}
             try:
-                difference = paired_bootstrap(
-                    _ratio(theirs.exact, mask, resampler), _ratio(ours.exact, mask, resampler), resampler
-                )
+                difference = paired_bootstrap(_ratio(theirs, mask, resampler), _ratio(ours, mask, resampler), resampler)
             except ValueError as error:
                 found.append(row | {"p": math.nan, "reason": str(error)})
                 continue
