@@ -20,7 +20,7 @@ from biomedclip.stream.text import (
     fast_tokenise,
     token_lengths,
 )
-from biomedclip.tokens import mend_text
+from biomedclip.tokens import _UNTOUCHED, mend_text
 
 CAPTIONS = [
     "", " ", "a", "Chest X-ray.", "  Two   spaces,\ttabs\nand lines ", "&lt;b&gt; &amp;amp; p &lt; 0.05",
@@ -113,17 +113,18 @@ def test_tokenisers_can_be_sent_to_other_processes(vocabulary):
 
 def test_words_that_were_looked_up_give_the_same_ids_as_whole_texts(monkeypatch):
     import random
-    import re
 
     import biomedclip.tokens as tokens
 
     monkeypatch.setattr(tokens, "_WORDS_KEPT", 40)
     draw = random.Random(0)
     whole = tokens.clip_tokenizer()
-    words = tokens.WordIds(whole, re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"))
+    words = tokens.WordIds(whole, r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
     for _ in range(20):
-        texts = ["".join(draw.choices("abct'sd 12.,%-\x1f_é", k=draw.randint(0, 40))) for _ in range(30)]
-        assert words(texts, 12) == [whole.encode(text, add_special_tokens=False).ids[:12] for text in texts]
+        texts = ["".join(draw.choices("abct'sd 12.,%-\x1f_é", k=draw.randint(0, 150))) for _ in range(30)]
+        assert [ids.tolist() for ids in words(texts, 12)] == [
+            whole.encode(text, add_special_tokens=False).ids[:12] for text in texts
+        ]
 
 
 def test_mending_gives_what_ftfy_and_html_give():
@@ -137,8 +138,30 @@ def test_mending_gives_what_ftfy_and_html_give():
     odd = "Ââ€™ÃÅµ×±°–—·«»¿’“”‘‚„é\u00a0\u2009\u2028\u0301\ufb01Å\u212b½α≤→あ肺Я\x85\x9d&<>;\r\n\f\x0b\x7f"
     made = ["".join(draw.choice(odd if draw.random() < 0.3 else "abc XY,.") for _ in range(draw.randint(1, 30)))
             for _ in range(3000)]  # fmt: skip
-    for text in (*CAPTIONS, *made):
+    entities = ["H&E", "H&amp;E", "a &lt b", "&EACUTE;", "R&D; b", "&#181;", "&#x3bc", "&&;", "&nosuch;", "&notin x"]
+    single = [f"a{sign}b {sign}{sign}" for sign in sorted(_UNTOUCHED)[::7]]
+    for text in (*CAPTIONS, *made, *entities, *single):
         assert mend_text(text) == slowly(text), repr(text)
+
+
+def test_signs_of_wrong_decoding_are_found_wherever_ftfy_finds_them():
+    import random
+    import re._parser
+
+    from ftfy.badness import BADNESS_RE, is_bad
+
+    from biomedclip.tokens import _REACH, _looks_misread
+
+    assert re._parser.parse(BADNESS_RE.pattern, BADNESS_RE.flags & ~re.UNICODE).getwidth()[1] <= _REACH
+    draw = random.Random(0)
+    odd = "Ââ€™ÃÅµ×±°–—·«»¿’“„é\u00a0œŒØÙà²√≈‚Äó∂вЂГўВβ€ā€Â Ã \x85\ufffd²¡"
+    signs = needless = 0
+    for _ in range(5_000):
+        text = "".join(draw.choice(odd if draw.random() < 0.15 else "abc XY,.") for _ in range(draw.randint(1, 40)))
+        assert _looks_misread(text) >= is_bad(text), repr(text)
+        signs, needless = signs + is_bad(text), needless + (_looks_misread(text) > is_bad(text))
+    assert 500 < signs < 4_500
+    assert needless < 100
 
 
 SIDECAR = {

@@ -12,7 +12,6 @@ padding. `bucket_by_length` divides a batch so that each part runs at its own le
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ class ClipIds:
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """(B, L) ids: start, text, end, zeros."""
-        return torch.tensor(encode_captions(captions, self._length), dtype=torch.int64)
+        return torch.from_numpy(encode_captions(captions, self._length))
 
 
 class TokenizerIds:
@@ -72,8 +71,7 @@ class HuggingFaceIds:
         self._rust.no_padding()
         self._rust.no_truncation()
         self._words = _bert_words(self._rust, json.loads(stored)) if inner.truncation_side == "right" else None
-        before, after = _special_ids(self._rust)
-        self._before, self._after = before, after
+        self._before, self._after = (np.array(ids, dtype=np.int32) for ids in _special_ids(self._rust))
         self._rust.enable_truncation(tokenizer.context_length, direction=inner.truncation_side)
         self._clean = _CLEANERS[tokenizer.clean_fn.__name__]
         self._length, self._pad_id = tokenizer.context_length, inner.pad_token_id
@@ -103,11 +101,11 @@ class HuggingFaceIds:
             ids[ids == self._stripped_id] = 0
         return torch.from_numpy(ids)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
         if self._words is None:
             return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
         room = self._length - len(self._before) - len(self._after)
-        return [[*self._before, *ids, *self._after] for ids in self._words(texts, room)]
+        return [np.concatenate([self._before, ids, self._after]) for ids in self._words(texts, room)]
 
 
 def _bert_words(tokenizer: Any, stored: dict[str, Any]) -> WordIds | None:
@@ -115,10 +113,9 @@ def _bert_words(tokenizer: Any, stored: dict[str, Any]) -> WordIds | None:
     stages = [(stored[stage] or {}).get("type") for stage in ("normalizer", "pre_tokenizer", "model")]
     if stages != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
         return None
-    # BERT's words: runs of letters and digits, and every other sign by itself. Marks count before text is lowered.
+    # BERT's words: runs of letters and digits, and every other sign by itself.
     marks = [token["content"] for token in stored["added_tokens"]]
-    words = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9 ]")
-    return WordIds(tokenizer, words, marks, lower=bool(stored["normalizer"]["lowercase"]))
+    return WordIds(tokenizer, "[A-Za-z0-9]+|[^A-Za-z0-9 ]", marks)
 
 
 def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
