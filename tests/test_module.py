@@ -232,6 +232,9 @@ def test_checkpointed_towers_have_the_same_gradients():
     assert relative(found, wanted) < 1e-9
 
 
+@pytest.mark.timeout(600)  # a compiler runs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch, while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.slow
 def test_compiled_towers_have_the_same_gradients_and_names():
     wanted, _ = fit(config(), double=False)

@@ -323,7 +323,7 @@ def test_sigterm_saves_the_step_under_way_and_the_run_goes_on_from_there(folders
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(long.model_dump(mode="json")))
     out = tmp_path / "r"
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "run.yaml", out], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
         time.sleep(0.01)
     process.terminate()
