@@ -69,6 +69,16 @@ def test_without_augmentation_training_pixels_are_the_exact_ones():
         assert np.abs(nearly.astype(int) - wanted).mean() < 3
 
 
+def test_contrast_and_brightness_are_the_same_with_and_without_a_table():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    straight = Augmentation(contrast=(0.5, 1.8), brightness=0.3)
+    by_table = straight.model_copy(update={"tint": 1e-9})
+    for epoch in range(30):
+        found, expected = (draw((0, "k", epoch), change, noise).astype(int) for change in (straight, by_table))
+        assert np.abs(found - expected).max() <= 1
+        assert found.std() > 5
+
+
 def test_whole_pictures_lie_in_the_middle_of_what_is_trained_on():
     # With crops alone, evaluation's whole pictures look farther away than anything seen in training.
     for name in PRESETS:

@@ -124,7 +124,9 @@ class ShardIndex:
         held = self._held.get(shard)
         if held is None:
             held = self._hold(shard)
-        return held[name][row - self._bounds[shard]].as_py()
+        column = held[name]
+        found = column[row - self._bounds[shard]]
+        return found if type(column) is memoryview else found.as_py()
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Columns of the given rows, in their order."""
@@ -153,7 +155,7 @@ class ShardIndex:
 
     def _hold(self, shard: int) -> dict[str, Any]:
         table = self.read(shard, READ_COLUMNS)
-        held = {name: table[name].combine_chunks() for name in READ_COLUMNS}
+        held = {name: _fast_to_index(table[name].combine_chunks()) for name in READ_COLUMNS}
         self._held[shard] = held
         while len(self._held) > 1 and sum(self.parts[number].rows for number in self._held) > HELD_ROWS:
             self._held.popitem(last=False)
@@ -180,6 +182,13 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": OrderedDict(), "_kin": OrderedDict()}
+
+
+def _fast_to_index(column: pa.Array) -> pa.Array | memoryview:
+    """The column, numbers as what gives Python's numbers ten times faster than Arrow does."""
+    import pyarrow as pa
+
+    return memoryview(column.to_numpy()) if pa.types.is_integer(column.type) and not column.null_count else column
 
 
 def hash_strings(values: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -87,6 +87,8 @@ class StreamLoader:
             collate_fn=_as_it_is, pin_memory=self.pin_memory,
         )  # fmt: skip
         steps = range(self.delivered, self.max_steps)
+        if self.workers and steps:
+            self.samples.warm(steps[0])
         planned: DataLoader[Any] = DataLoader(_Caught(self.samples), sampler=steps, **settings)
         if self.unindexed is None:
             return _raise_caught(planned)
