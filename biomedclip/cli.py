@@ -21,6 +21,7 @@ from biomedclip.errors import BiomedclipError, ConfigError, MissingExtra
 from biomedclip.eval_commands import eval_app
 from biomedclip.model_commands import models_app
 from biomedclip.train_commands import runs_app
+from biomedclip.vqa_commands import vqa_app
 
 app = typer.Typer(
     name="biomedclip",
@@ -36,6 +37,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(eval_app, name="eval")
+app.add_typer(vqa_app, name="vqa")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the run writes.")]
@@ -108,10 +110,13 @@ def train(
     ] = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Continually pretrain a CLIP on streamed shards."""
+    """Continually pretrain a CLIP on streamed shards; a config of `task: medvqa` trains answering heads instead."""
     from biomedclip.config import load_config
     from biomedclip.training.config import TrainConfig
+    from biomedclip.vqa_commands import is_medvqa, train_heads
 
+    if is_medvqa(config):
+        return train_heads(config, out, overrides or (), resume=resume, show=print_config)
     settings = load_config(config, TrainConfig, overrides or ())
     if print_config:
         return _print_config(settings)

@@ -90,6 +90,18 @@ def test_the_commands_about_models_and_their_options_are_frozen():
     assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == MODEL_OPTIONS
 
 
+VQA_OPTIONS = {
+    "check": {"data", "--layout", "--language"},
+    "score": {"data", "answers", "--layout", "--language", "--split", "--resamples"},
+    "rank": {"data", "--model", "--out", "--layout", "--language", "--split", "--resamples"},
+}
+
+
+def test_the_commands_about_questions_and_their_options_are_frozen():
+    found = COMMANDS["vqa"].commands
+    assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == VQA_OPTIONS
+
+
 def test_the_commands_of_evaluation_and_their_options_are_frozen():
     found = COMMANDS["eval"].commands
     assert {n: {p.opts[0] for p in c.params if p.opts[0] != "--help"} for n, c in found.items()} == EVAL_OPTIONS
@@ -101,7 +113,7 @@ def test_the_commands_and_their_options_are_frozen():
     found = {
         name: {p.opts[0] for p in command.params if p.opts[0] != "--help"}
         for name, command in COMMANDS.items()
-        if name not in ("data", "runs", "eval")
+        if name not in ("data", "runs", "eval", "vqa")
     }
     assert found == OPTIONS
 
@@ -113,6 +125,7 @@ def test_the_commands_and_their_options_are_frozen():
         *(f"data {name}" for name in DATA_OPTIONS),
         *(f"models {name}" for name in MODEL_OPTIONS),
         *(f"eval {name}" for name in EVAL_OPTIONS),
+        *(f"vqa {name}" for name in VQA_OPTIONS),
     ],
 )
 def test_every_command_has_help_and_an_example(name):

@@ -42,6 +42,7 @@ LEVELS = {
     "biomedclip.model_commands": 8,
     "biomedclip.eval_commands": 8,
     "biomedclip.continual_commands": 8,
+    "biomedclip.vqa_commands": 8,
     "biomedclip.data_commands": 9,
     "biomedclip.cli": 10,
     "biomedclip.__main__": 11,

@@ -18,7 +18,7 @@ PATHS = {name: config_file(f"train/{name}.yaml") for name in NAMES}
 
 
 def test_these_are_all_recipes():
-    assert {path.stem for path in PATHS["demo"].parent.glob("*.yaml")} == set(NAMES)
+    assert {path.stem for path in PATHS["demo"].parent.glob("*.yaml")} - {"medvqa_qcr"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -99,6 +99,17 @@ def score_answers(
     }  # fmt: skip
 
 
+def bound_marks(table: QuestionTable, earned: Floats, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """accuracy, accuracy/open and accuracy/closed of (N,) marks in the table's order, with intervals over images."""
+    resampler = Resampler(len(table.rows), groups=[row.group for row in table.rows], resamples=resamples, seed=seed)
+    masks = {name: mask for name, mask in _masks(table.rows).items() if "=" not in name}
+    statistics = {name: _ratio(earned, mask, resampler) for name, mask in masks.items()}
+    intervals = bootstrap(statistics, resampler)
+    return {
+        name: _entry(float(one(None)), int(masks[name].sum()), intervals[name]) for name, one in statistics.items()
+    }  # fmt: skip
+
+
 def ceiling(rows: Sequence[Question], train_answers: Sequence[str]) -> dict[str, float]:
     """Share of questions, by type, whose normalised answer is among the answers of the training split."""
     known = {normalise(answer) for answer in train_answers}
