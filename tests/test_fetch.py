@@ -20,7 +20,6 @@ BODY = bytes(os.urandom(300_000))
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     monkeypatch.setattr("biomedclip.stream.fetch._FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr("biomedclip.stream.fetch._SLOW_BYTES_PER_S", 1e7)
     made = []
 
     def build(**changes):
@@ -79,6 +78,23 @@ def test_a_fault_that_stays_ends_in_time_and_is_named(make, kind):
         with pytest.raises(Unreachable, match=r"cannot be read within 0.6 s .*x; last"):
             fetcher.read(Span(f"{bucket.endpoint}/a.tar", 0, 250_000))
         assert time.monotonic() - started < 2
+
+
+def test_a_trickle_is_given_up_soon_however_much_was_asked_for(make):
+    fetcher, body = make(), BODY * 14
+    with MockBucket({"a.tar": body}, faults=[Fault("trickle", times=2)]) as bucket:
+        started = time.monotonic()
+        assert fetcher.read(Span(f"{bucket.endpoint}/a.tar", 0, len(body))) == body
+        assert time.monotonic() - started < 3
+    assert fetcher.requests["slow"] == 2
+
+
+def test_a_slow_answer_that_keeps_coming_is_waited_for(make, monkeypatch):
+    monkeypatch.setattr("biomedclip.stream.transport._SLOW_BYTES_PER_S", 20)
+    fetcher = make()
+    with MockBucket({"a.tar": BODY}, faults=[Fault("trickle")]) as bucket:
+        assert fetcher.read(Span(f"{bucket.endpoint}/a.tar", 0, 60)) == BODY[:60]
+    assert fetcher.requests == {"requests": 1}
 
 
 def test_retry_after_is_waited_for_by_everybody(make):

@@ -37,7 +37,6 @@ def root(tmp_path_factory):
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     monkeypatch.setattr("biomedclip.stream.fetch._FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr("biomedclip.stream.fetch._SLOW_BYTES_PER_S", 1e7)
     made = []
 
     def build(base, *, steps=STEPS, workers=0, max_bad=0.05, seed=0, foreign=True, **fetch):

@@ -44,7 +44,6 @@ MAX_WHOLE = 16 << 20
 _MAX_FILE = 2 << 30
 _MOVED_S = 300.0
 _HUB_PER_S = 10.0
-_SLOW_BYTES_PER_S = 16 << 10
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 _HOPELESS = ("certificate", "too_large", "paused", "stopped")
 
@@ -224,10 +223,7 @@ class Fetcher:
         hops = 0
         while True:
             self._wait(target, deadline)
-            # A connection that trickles must not eat the time in which another one would do.
-            patience = self.config.silence_s + (0 if stop is None else (stop - start) / _SLOW_BYTES_PER_S)
-            until = deadline if stop is None else min(deadline, time.monotonic() + patience)
-            answer = self._transport.ask(target, {**wanted, **own}, max_bytes=most, deadline=until)
+            answer = self._transport.ask(target, {**wanted, **own}, max_bytes=most, deadline=deadline)
             if answer.status not in (301, 302, 303, 307, 308):
                 break
             hops += 1

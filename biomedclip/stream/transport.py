@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 import biomedclip
 
 MAX_ERROR_BYTES = 1 << 16
+_SLOW_BYTES_PER_S = 16 << 10
+"""An answer that comes slower, beyond one silence in all, is given up: another connection may be quicker."""
 _CONNECT_S = 10.0
 
 
@@ -109,6 +111,8 @@ class Transport:
                 body = _read_body(response, limit)
                 done = response.isclosed() and not response.will_close
             return Answer(response.status, response.headers, body)
+        except _TooSlowError:
+            raise Trouble("slow", f"less than {_SLOW_BYTES_PER_S} bytes a second") from None
         except TimeoutError:
             late = time.monotonic() >= deadline
             raise Trouble("slow" if late else "timeout", "the deadline passed" if late else "silence") from None
@@ -162,6 +166,10 @@ class _StaleError(Exception):
     """The connection was closed before the first byte of an answer."""
 
 
+class _TooSlowError(TimeoutError):
+    """Bytes come, and too few of them."""
+
+
 _AGENT = f"biomedclip/{biomedclip.__version__} (training stream)"
 
 
@@ -179,7 +187,7 @@ def _read_body(response: http.client.HTTPResponse, limit: int) -> bytes:
 
 
 class _BoundedResponse(http.client.HTTPResponse):
-    """A response of which every `recv` ends by the deadline."""
+    """A response of which every `recv` ends by the deadline, and sooner where too little has come."""
 
     def __init__(self, sock: Any, *args: Any, deadline: float, silence_s: float, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -189,16 +197,32 @@ class _BoundedResponse(http.client.HTTPResponse):
 class _BoundedReader(io.RawIOBase):
     def __init__(self, raw: Any, sock: Any, deadline: float, silence_s: float) -> None:
         self._raw, self._sock, self._deadline, self._silence_s = raw, sock, deadline, silence_s
+        self._began, self._received = 0.0, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
+        now = time.monotonic()
+        left = self._deadline - now
         if left <= 0:
             raise TimeoutError
-        self._sock.settimeout(min(left, self._silence_s))
-        return int(self._raw.readinto(buffer))
+        # Patience grows with what has come and not with what was asked for: a trickle must not eat the whole deadline.
+        patience = self._silence_s
+        if self._received:
+            patience = self._began + self._silence_s + self._received / _SLOW_BYTES_PER_S - now
+        if patience <= 0:
+            raise _TooSlowError
+        self._sock.settimeout(min(left, patience, self._silence_s))
+        try:
+            count = int(self._raw.readinto(buffer))
+        except TimeoutError:
+            if patience < min(left, self._silence_s):
+                raise _TooSlowError from None
+            raise
+        self._began = self._began or time.monotonic()
+        self._received += count
+        return count
 
     def close(self) -> None:
         self._raw.close()
