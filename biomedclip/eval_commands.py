@@ -53,6 +53,11 @@ def eval_run(
     from biomedclip.evaluation.selection import find_data, folder_task
     from biomedclip.progress import terminal
 
+    if suite == "medvqa":
+        from biomedclip.evaluation.vqa.run import run_suite
+
+        return typer.echo(run_suite(data_root, model, out, progress=terminal))
+
     skipped: dict[str, str] = {}
     if images is not None:
         if suite or task or data_root:

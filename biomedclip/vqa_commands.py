@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from biomedclip.errors import ConfigError
-
-if TYPE_CHECKING:
-    from biomedclip.evaluation.vqa.questions import QuestionTable
 
 vqa_app = typer.Typer(
     help="Questions about images: check data, rank answers without training, score answers.", no_args_is_help=True
@@ -56,10 +53,11 @@ def vqa_score(
 ) -> None:
     """Score a file of answers: exact match, token scores, parts, ceiling, baselines, with intervals; as JSON."""
     from biomedclip.evaluation.vqa.datasets import read_questions
+    from biomedclip.evaluation.vqa.run import score_with_baselines
     from biomedclip.evaluation.vqa.score import read_answers
 
     table = read_questions(data, layout, language=language)
-    found = _score(table, split, read_answers(answers), {}, resamples)
+    found = score_with_baselines(table, split, read_answers(answers), {}, resamples)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
@@ -74,82 +72,11 @@ def vqa_rank(
     resamples: ResamplesOption = 2000,
 ) -> None:
     """Answer by the nearest text, without training: statements, options, training answers; one row a model."""
+    from biomedclip.evaluation.vqa.run import rank_models
     from biomedclip.progress import terminal
 
     typer.echo(rank_models(data, model, out, layout=layout, language=language, split=split, resamples=resamples,
                            progress=terminal))  # fmt: skip
-
-
-def rank_models(
-    data: Path, models: Sequence[str], out: Path, *, layout: str, language: str | None = None, split: str = "test",
-    resamples: int = 2000, progress: Any = None,
-) -> str:  # fmt: skip
-    """Rank, score and write every model; returns the table."""
-    from biomedclip.evaluation.embed import choose_device
-    from biomedclip.evaluation.vqa.datasets import read_questions
-    from biomedclip.evaluation.vqa.rank import rank_answers
-    from biomedclip.files import write_json, write_text
-    from biomedclip.models.load import load
-    from biomedclip.progress import silent
-
-    table = read_questions(data, layout, language=language)
-    scored = table.split(split)
-    known = [row.answer for row in table.rows if row.split == "train"]
-    device = choose_device("auto")
-    lines = ["| model | overall | open | closed | closed, another image |", "|---|---|---|---|---|"]
-    for number, name in enumerate(models):
-        if name.startswith("random:"):
-            loaded = load(name.removeprefix("random:"), device=device, random_init=True)
-        else:
-            loaded = load(name, device=device)
-        answers, shuffled = rank_answers(scored, known, *loaded, name=name, device=device, progress=progress or silent)
-        found = _score(table, split, answers, {"shuffled_image": shuffled}, resamples)
-        folder = out / f"{number}-{Path(name.replace(':', '-')).name}"
-        rows = [{"question_id": key, "answer": said, "shuffled": shuffled[key]} for key, said in answers.items()]
-        write_text(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / "results.json", {"model": name, "data": table.sha256, **found})
-        cells = [found["metrics"], found["baselines"]["shuffled_image"]]
-        lines.append(
-            f"| {name} | {' | '.join(_cell(cells[0], m) for m in _METRICS)} | {_cell(cells[1], _METRICS[2])} |"
-        )
-    for baseline in ("majority", "question_words"):
-        cell = found["baselines"][baseline]
-        lines.append(f"| {baseline} | {' | '.join(_cell(cell, metric) for metric in _METRICS)} | |")
-    text = "\n".join(lines)
-    write_text(out / "table.md", text + "\n")
-    return text
-
-
-_METRICS = ("accuracy", "accuracy/open", "accuracy/closed")
-
-
-def _cell(metrics: dict[str, Any], metric: str) -> str:
-    entry = metrics.get(metric)
-    if entry is None:
-        return "–"
-    bounds = "" if entry["low"] is None else f" [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
-    return f"{100 * entry['value']:.1f}{bounds}"
-
-
-def _score(
-    table: QuestionTable, split: str, answers: dict[str, str], more: dict[str, dict[str, str]], resamples: int
-) -> dict[str, Any]:
-    """Scores, baselines and differences from them; baselines only where there is a training split."""
-    from biomedclip.evaluation.vqa.baselines import answer_from_words, answer_majority
-    from biomedclip.evaluation.vqa.score import bound_marks, compare_answers, mark_answers, score_answers
-
-    scored = table.split(split)
-    others = dict(more)
-    train = table.split("train") if split != "train" and any(row.split == "train" for row in table.rows) else None
-    if train is not None:
-        others |= {"majority": answer_majority(train, scored), "question_words": answer_from_words(train, scored)}
-    known = [row.answer for row in train.rows] if train else None
-    found = score_answers(scored, answers, train_answers=known, resamples=resamples)
-    return found | {
-        "baselines": {name: bound_marks(scored, mark_answers(scored, one).exact, resamples=resamples)
-                      for name, one in others.items()},
-        "comparisons": compare_answers(scored, answers, others, resamples=resamples),
-    }  # fmt: skip
 
 
 def is_medvqa(config: Path) -> bool:
