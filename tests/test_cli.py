@@ -1,6 +1,6 @@
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -144,13 +144,12 @@ def test_help_imports_no_torch_and_is_quick(arguments):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]")
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        assert run(*arguments).returncode == 0
-        seconds.append(time.monotonic() - start)
-    # The promise is half a second; the best of three is what the code costs, not what else the machine does.
-    assert min(seconds) < 0.5
+    # The promise is half a second; processor time is what the code costs, not what else the machine does.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run(*arguments).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert seconds < 0.5
 
 
 def test_the_version_is_printed():

@@ -99,6 +99,7 @@ def test_a_second_run_finds_everything_done_and_keeps_the_numbers(done):
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_ends_alike(done):
     result, summary, _ = done
     folder = result.report.parent

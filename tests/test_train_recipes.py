@@ -62,6 +62,7 @@ def test_recipes_name_models_that_exist():
             find_origin(model.name, random_init=model.init == "random")
 
 
+@pytest.mark.slow
 def test_the_smoke_recipe_runs_and_batch_norm_stays_where_it_is_frozen(tmp_path):
     from biomedclip.training.train import train
 
