@@ -39,9 +39,10 @@ class AnswerModule(LightningModule):
 
     def __init__(
         self, config: VqaTrainConfig, pictures: Pictures, *, num_words: int, closed: int, opened: int,
-        tower: nn.Module | None = None, blind: bool = False,
+        tower: nn.Module | None = None, blind: bool = False, max_steps: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.max_steps = max_steps
         head = config.head
         self.settings, self.pictures, self.num_closed, self.blind = config, pictures, closed, blind
         self.tower = tower
@@ -105,6 +106,5 @@ class AnswerModule(LightningModule):
         if tower:
             groups.append({"params": tower, "lr": config.tower_lr})
         optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

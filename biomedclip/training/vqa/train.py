@@ -158,10 +158,12 @@ def _fit(
     pictures, tower = look()
     # The tower is rebuilt from one seed; what comes after depends on the run's.
     torch.manual_seed(seed)
-    module = AnswerModule(config, pictures, num_words=len(vocabulary.words) + 2, closed=len(vocabulary.closed),
-                          opened=len(vocabulary.opened), tower=tower, blind=name == BLIND)  # fmt: skip
     data = TensorDataset(train.image, train.words, train.answer, train.kind)
     loader = DataLoader(data, config.batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    module = AnswerModule(
+        config, pictures, num_words=len(vocabulary.words) + 2, closed=len(vocabulary.closed),
+        opened=len(vocabulary.opened), tower=tower, blind=name == BLIND, max_steps=len(loader) * config.epochs,
+    )  # fmt: skip
     keep = _KeepBest(validation, splits.validation, vocabulary)
     with quiet_lightning():
         trainer = Trainer(
