@@ -189,8 +189,9 @@ def _raise_caught(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
             if isinstance(batch, BiomedclipError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionResetError, EOFError) as error:
+        # A dead process is noticed by torch's signal, or by its broken pipe where that comes first.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
             "data.workers", "a reading process died", found=str(error).partition("\n")[0][:200],
