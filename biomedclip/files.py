@@ -56,6 +56,15 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, ended by line feeds alone.
+
+    `str.splitlines` also breaks at U+0085, U+2028 and six more, which JSON strings and vocabularies may hold.
+    """
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename survives a power cut (POSIX asks for this separately)."""
     descriptor = os.open(folder, os.O_RDONLY)

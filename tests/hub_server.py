@@ -137,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         if asked.startswith("bytes="):
             start, _, last = asked.removeprefix("bytes=").partition("-")
             first, end, status = int(start), min(int(last) + 1, end) if last else end, 206
+            if first >= end:
+                self._headers(416, {"Content-Range": f"bytes */{end}", "Content-Length": "0"})
+                return
             headers = {**headers, "Content-Range": f"bytes {first}-{end - 1}/{_size(content)}"}
         self._headers(status, {**headers, "Accept-Ranges": "bytes", "Content-Length": str(end - first)})
         if body and broken:

@@ -8,8 +8,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic_shards import write_articles, write_colours
-from tiny_model import write_tiny_model
+from tiny_model import write_training_folders
 
 from biomedclip.config import check_config
 from biomedclip.errors import ConfigError, DataError
@@ -27,12 +26,7 @@ ALL_TERMS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_colours(root / "colours")
-    write_articles(root / "articles")
-    write_tiny_model(root / "model")
-    write_tiny_model(root / "other", seed=1)
-    return root
+    return write_training_folders(tmp_path_factory.mktemp("data"), "other")
 
 
 def config(folders, **changes):

@@ -10,8 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from synthetic_shards import write_articles, write_colours
-from tiny_model import write_tiny_model
+from tiny_model import write_training_folders
 
 from biomedclip.config import check_config
 from biomedclip.training.config import TrainConfig
@@ -23,11 +22,7 @@ SCRIPT = Path(__file__).parent / "train_script.py"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_colours(root / "colours")
-    write_articles(root / "articles")
-    write_tiny_model(root / "model")
-    return root
+    return write_training_folders(tmp_path_factory.mktemp("data"))
 
 
 def settings(folders, **changes):

@@ -193,6 +193,8 @@ def test_a_plain_download_goes_on_where_it_stopped_and_is_kept(hub):
     seen = len(hub.requests)
     fetch_url(url, "w.pt", "x")
     assert len(hub.requests) == seen
+    part.rename(part.with_name("w.pt.part"))  # killed between the last byte and the rename
+    assert fetch_url(url, "w.pt", "x").read_bytes() == content
     with pytest.raises(CheckpointError, match=r"w2\.pt came with 16,384 of 99 bytes"):
         fetch_url(url, "w2.pt", "x", expected=99)
     with pytest.raises(CheckpointError, match="could not be downloaded"):

@@ -38,7 +38,23 @@ OPEN_CLIP_NAMES = (
 )  # fmt: skip
 HF_NAMES = ("plip", "pubmedclip", "monet")
 UNIMED_NAMES = ("unimed-clip-b16", "unimed-clip-l14", "unimed-clip-l14-large-text")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "chest", "x", "-", "ray", "of", "lung", "##s"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "chest",
+    "x",
+    "-",
+    "\u2028",
+    "ray",
+    "\x85",
+    "of",
+    "lung",
+    "##s",
+]  # published vocabularies hold such signs: a line ends at \\n alone
 QUICK = {"openai-vit-b-32", "openai-vit-b-16", "openai-vit-l-14", "pubmedclip", "pubmedclip-original", "plip", "monet",
          "monet-original", "chexzero", *UNIMED_NAMES}  # fmt: skip
 

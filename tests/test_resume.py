@@ -129,7 +129,7 @@ def test_the_ledger_of_more_processes_is_taken_over_by_fewer(tmp_path, folders):
     from biomedclip.stream.ledger import Unreadable
 
     def entry(step, slot):
-        return Unreadable(step, slot, "s", f"k{slot}", "cut_off", "why", 0, slot, "other")
+        return Unreadable(step, slot, "s", f"k{slot}\u2028", "cut_off", "why", 0, slot, "other")
 
     for rank in range(4):
         ledger = Ledger(tmp_path, plan_sha256="p", rank=rank, world_size=4)

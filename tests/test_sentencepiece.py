@@ -39,6 +39,14 @@ def test_a_broken_file_says_so(tmp_path, damage):
         read_sentencepiece(path)
 
 
+def test_a_broken_table_of_normalisation_says_so(tmp_path):
+    path = tmp_path / "tokenizer.spm"
+    table = bytes([3 << 3 | 2, 5, 2 << 3 | 2, 3]) + b"\xff" * 3
+    path.write_bytes((FOLDER / "tiny.spm").read_bytes() + table)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.spm: holds a broken table of normalisation"):
+        read_sentencepiece(path)
+
+
 def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such file"):
         read_sentencepiece(tmp_path / "tokenizer.spm")

@@ -5,8 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from synthetic_shards import write_articles, write_colours
-from tiny_model import write_tiny_model
+from tiny_model import write_training_folders
 from typer.testing import CliRunner
 
 from biomedclip.config import check_config
@@ -21,12 +20,7 @@ from biomedclip.training.train import _build, train
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_colours(root / "colours")
-    write_articles(root / "articles")
-    write_tiny_model(root / "model")
-    write_tiny_model(root / "teacher", seed=1)
-    return root
+    return write_training_folders(tmp_path_factory.mktemp("data"), "teacher")
 
 
 def config(folders, **changes):

@@ -14,8 +14,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic_shards import write_articles, write_colours
-from tiny_model import write_tiny_model
+from tiny_model import write_training_folders
 
 from biomedclip.config import check_config
 from biomedclip.errors import CheckpointError, ConfigError, DataError
@@ -29,11 +28,7 @@ from biomedclip.training.train import train
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_colours(root / "colours")
-    write_articles(root / "articles")
-    write_tiny_model(root / "model")
-    return root
+    return write_training_folders(tmp_path_factory.mktemp("data"))
 
 
 def config(folders, **changes):

@@ -223,13 +223,17 @@ def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys):
         ("train.jsonl", '{"image": "a.png"\n', r"train.jsonl:1: is not JSON"),
         ("train.jsonl", "[1]\n", r"must be an object"),
         ("train.jsonl", '{"image": "a.png", "question": "q", "answer": "a"}\n', r"can be asked .*1 image_missing"),
+        ("train.jsonl", '{"image": "../a.png", "question": "q", "answer": "a"}\n', r"can be asked .*1 image_missing"),
         ("other.txt", "", r"holds no \*.jsonl"),
     ],
 )  # fmt: skip
 def test_broken_files_are_one_clear_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / "a.png").write_bytes(b"a picture that lies outside of the data")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        read_questions(tmp_path, "jsonl")
+        read_questions(folder, "jsonl")
 
 
 def test_unknown_layouts_missing_folders_and_empty_splits_are_named(tmp_path):

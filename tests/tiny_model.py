@@ -4,6 +4,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from synthetic_shards import write_articles, write_colours
 
 from biomedclip.models.export import export_open_clip
 
@@ -23,3 +24,12 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
         "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0,
     }  # fmt: skip
     return export_open_clip(model, folder, model_cfg=MODEL_CFG)
+
+
+def write_training_folders(root: Path, *others: str) -> Path:
+    """`root` with what a short run reads: colours/, articles/, model/, and further models by name, of other weights."""
+    write_colours(root / "colours")
+    write_articles(root / "articles")
+    for seed, name in enumerate(("model", *others)):
+        write_tiny_model(root / name, seed=seed)
+    return root

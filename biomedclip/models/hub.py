@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from biomedclip.errors import CheckpointError
-from biomedclip.files import sha256_file, write_atomic, write_json
+from biomedclip.files import explain_full_disk, sha256_file, write_atomic, write_json
 from biomedclip.models.zoo import File, ReleasedModel
 
 
@@ -158,7 +158,7 @@ def fetch_url(url: str, name: str, where: str, *, local_files_only: bool = False
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  (https addresses of the zoo)
+        with explain_full_disk(folder), urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  (the zoo's)
             goes_on = answer.status == 206
             total = _total_size(answer.headers, have if goes_on else 0)
             with part.open("ab" if goes_on else "wb") as file:
@@ -166,6 +166,14 @@ def fetch_url(url: str, name: str, where: str, *, local_files_only: bool = False
                 file.flush()
                 os.fsync(file.fileno())
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        if (
+            have
+            and isinstance(error, urllib.error.HTTPError)
+            and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+        ):
+            # Killed after the last byte and before the rename, or another file by now: nothing follows what is here.
+            part.unlink()
+            return fetch_url(url, name, where, expected=expected)
         raise CheckpointError(where, f"{name} could not be downloaded", found=f"{url}: {error}",
                               todo="run the same command again; it goes on where it stopped") from None  # fmt: skip
     size = part.stat().st_size

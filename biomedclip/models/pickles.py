@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from biomedclip.errors import CheckpointError
-from biomedclip.files import write_atomic
+from biomedclip.files import explain_full_disk, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def _one_name(archive: Path, names: Sequence[str], member: str) -> str:
 
 
 def _copy(source: Any, target: Path) -> None:
-    with write_atomic(target) as file:
+    with explain_full_disk(target.parent), write_atomic(target) as file:
         while chunk := source.read(1 << 22):
             file.write(chunk)
 

@@ -33,7 +33,12 @@ def read_sentencepiece(path: str | Path) -> Tokenizer:
     pieces, table = _read_model(Path(path))
     words = [(name, 0.0) for name in FIRST] + pieces[_CONTROL:] + [("<mask>", 0.0)]
     tokenizer = Rust(models.Unigram(words, unk_id=FIRST.index("<unk>"), byte_fallback=False))
-    cleaned: list[Any] = [normalizers.Precompiled(table)] if table else []
+    try:
+        cleaned: list[Any] = [normalizers.Precompiled(table)] if table else []
+    except Exception as error:  # the Rust library raises nothing narrower
+        raise CheckpointError(
+            path, "holds a broken table of normalisation", found=str(error)[:120], todo="download it again"
+        ) from None
     # SentencePiece takes off outer spaces and joins inner ones before it puts its own mark in front of each word.
     tokenizer.normalizer = normalizers.Sequence([*cleaned, normalizers.Replace(_several_spaces(), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomedclip.errors import CheckpointError, MissingExtra
+from biomedclip.files import split_lines
 from biomedclip.models.zoo import Tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _wordpiece(facts: Tokenizer, files: Mapping[str, Path], where: str) -> RustE
     except ImportError:
         raise MissingExtra("build", "tokenizers") from None
     path = _file(files, "vocab.txt", where)
-    words = path.read_text(encoding="utf-8").splitlines()
+    words = split_lines(path.read_text(encoding="utf-8"))
     vocabulary = {word: number for number, word in enumerate(words)}
     missing = [token for token in _SPECIAL if token not in vocabulary]
     if missing:

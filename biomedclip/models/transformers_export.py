@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomedclip.errors import CheckpointError
-from biomedclip.files import write_bytes, write_json, write_text
+from biomedclip.files import split_lines, write_bytes, write_json, write_text
 from biomedclip.models.build import Parts
 from biomedclip.models.preprocess import ImageTransform, open_clip_config
 
@@ -277,7 +277,7 @@ def _write_bert_tokenizer(parts: Parts, folder: Path) -> None:
 
     if "vocab.txt" not in parts.companions:
         raise CheckpointError(parts.where, "was loaded without its vocab.txt", todo="load it with its vocabulary")
-    words = parts.companions["vocab.txt"].read_text(encoding="utf-8").splitlines()
+    words = split_lines(parts.companions["vocab.txt"].read_text(encoding="utf-8"))
     facts: Any = getattr(parts.tokenise, "facts", None)
     tokenizer = BertTokenizer(
         vocab={word: number for number, word in enumerate(words)}, do_lower_case=facts.lower,

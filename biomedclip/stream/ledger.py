@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from biomedclip.files import write_text
+from biomedclip.files import explain_full_disk, split_lines, write_text
 
 FOLDER = "unreadable"
 """Folder within a run's, with `rank-0.jsonl` and so on."""
@@ -80,7 +80,7 @@ class Ledger:
             lines.append(_line(entry, self.plan_sha256))
         if lines and self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            with explain_full_disk(self._path.parent), self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
 
     @property
@@ -112,5 +112,5 @@ def _line(entry: Unreadable, plan: str) -> str:
 
 def _read(path: Path) -> list[tuple[Unreadable, str]]:
     text = path.read_text(encoding="utf-8")
-    rows: list[Mapping[str, object]] = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows: list[Mapping[str, object]] = [json.loads(line) for line in split_lines(text[: text.rfind("\n") + 1])]
     return [(Unreadable(**{k: v for k, v in row.items() if k != "plan"}), str(row["plan"])) for row in rows]  # type: ignore[arg-type]

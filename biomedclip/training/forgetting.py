@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biomedclip.errors import DataError
+from biomedclip.files import split_lines
 
 VALIDATION_FILE = "validation.jsonl"
 
@@ -89,7 +90,7 @@ def read_validation(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / VALIDATION_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
 
 
 def _last_row(folder: Path) -> dict[str, Any]:

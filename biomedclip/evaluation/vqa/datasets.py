@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.evaluation.vqa.questions import QuestionTable, assemble
+from biomedclip.files import split_lines
 
 Layout = Literal[
     "vqa_rad", "vqa_rad_mevf", "slake", "path_vqa", "vqa_med", "pmc_vqa", "omnimed_vqa", "huggingface", "jsonl"
@@ -49,7 +50,12 @@ def read_questions(
     folder = root.parent if root.is_file() else root
     pictures = [] if layout == "huggingface" else _pictures_in(folder)
     known = set(pictures)
-    exists: Callable[[str], bool] = lambda image: image in known or (folder / image.partition("#")[0]).is_file()  # noqa: E731
+
+    def exists(image: str) -> bool:
+        # A row may name what the listing leaves out, but nothing outside of the data's folder.
+        path = (folder / image.partition("#")[0]).resolve()
+        return image in known or (path.is_file() and path.is_relative_to(folder.resolve()))
+
     return assemble(name or layout, folder, rows, exists=exists, pictures=pictures)
 
 
@@ -185,7 +191,7 @@ def _read_vqa_med(root: Path) -> Iterator[Row]:
             continue
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         cells = [
-            (i, [c.strip() for c in line.split("|")]) for i, line in enumerate(text.splitlines(), 1) if "|" in line
+            (i, [c.strip() for c in line.split("|")]) for i, line in enumerate(split_lines(text), 1) if "|" in line
         ]
         if "reference" in path.name.lower():
             references |= {parts[0]: parts[1:] for _, parts in cells}
@@ -276,7 +282,7 @@ def _read_huggingface(root: Path) -> Iterator[Row]:
 def _read_jsonl(root: Path) -> Iterator[Row]:
     """One JSON object a line, with the fields of `Question`; an id may be left out."""
     for path in [root] if root.is_file() else _find(root, "*.jsonl", "jsonl"):
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(split_lines(path.read_text(encoding="utf-8-sig")), 1):
             if not line.strip():
                 continue
             try:

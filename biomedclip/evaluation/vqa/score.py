@@ -24,6 +24,7 @@ from biomedclip.evaluation.comparisons import holm
 from biomedclip.evaluation.statistics import Interval, Resampler, UnitSums, bootstrap, paired_bootstrap
 from biomedclip.evaluation.vqa.normalise import normalise, token_scores
 from biomedclip.evaluation.vqa.questions import Question, QuestionTable
+from biomedclip.files import split_lines
 
 Floats = NDArray[np.float64]
 Answers = Mapping[str, str]
@@ -207,7 +208,7 @@ def read_answers(path: str | Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text) if text.lstrip()[:1] == "[" or path.suffix == ".json" else None
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if value is None else value
+        rows = [json.loads(line) for line in split_lines(text) if line.strip()] if value is None else value
     except OSError as error:
         raise DataError(path, "cannot be read", found=error.strerror) from None
     except ValueError as error:

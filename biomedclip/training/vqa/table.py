@@ -23,7 +23,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     lines += ["", "Closed questions, difference with 95 % interval by image and Holm-adjusted p:", ""]
     for row in results["comparisons"]:
         if row["metric"] == "accuracy/closed" and "difference" in row:
-            verdict = "" if row["low"] > 0 or row["high"] < 0 else ", not distinguishable"
+            verdict = "" if row["p_holm"] <= 0.05 else ", not distinguishable"
             bounds = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
             lines.append(
                 f"- {row['encoder']} against {row['against']}: {100 * row['difference']:+.1f} points {bounds},"

@@ -27,7 +27,7 @@ from biomedclip.evaluation.vqa.baselines import answer_from_words, answer_majori
 from biomedclip.evaluation.vqa.datasets import read_questions
 from biomedclip.evaluation.vqa.questions import QuestionTable, read_picture
 from biomedclip.evaluation.vqa.score import bound_marks, compare_marks, mark_answers, score_answers
-from biomedclip.files import write_json, write_text
+from biomedclip.files import split_lines, write_bytes, write_json, write_text
 from biomedclip.models.load import load
 from biomedclip.progress import Progress, silent
 from biomedclip.runs import Run, open_run
@@ -194,8 +194,6 @@ def _write_fitted(path: Path, module: AnswerModule, fitted: Fitted) -> None:
     """Weights first: the answers' presence means that the seed is done."""
     from safetensors.torch import save
 
-    from biomedclip.files import write_bytes
-
     write_bytes(
         path.with_name("head.safetensors"), save({k: v.cpu().contiguous() for k, v in module.state_dict().items()})
     )
@@ -207,7 +205,7 @@ def _write_fitted(path: Path, module: AnswerModule, fitted: Fitted) -> None:
 
 
 def _read_fitted(path: Path) -> Fitted:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
     return Fitted(
         answers={row["question_id"]: row["answer"] for row in rows},
         shuffled={row["question_id"]: row["shuffled"] for row in rows},
