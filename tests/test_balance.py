@@ -172,7 +172,7 @@ def test_weights_of_the_recipe_reach_manifest_card_and_batch(skewed: Path) -> No
 def local_fetcher(folder: Path):
     """What `read_rows` asks for remote sources, of which these tests have none."""
     from biomedclip.stream.fetch import FetchConfig
-    from biomedclip.stream.source import FetcherHere
+    from biomedclip.stream.tars import FetcherHere
 
     return FetcherHere(FetchConfig(cache=str(folder / "cache")))
 

@@ -20,7 +20,8 @@ from biomedclip.config import check_config
 from biomedclip.errors import ConfigError
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import read_rows
-from biomedclip.stream.source import FetcherHere, open_shards
+from biomedclip.stream.source import open_shards
+from biomedclip.stream.tars import FetcherHere
 from biomedclip.training import preflight as preflight_module
 from biomedclip.training.config import TrainConfig
 from biomedclip.training.plans import stream_sources

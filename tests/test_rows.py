@@ -20,7 +20,7 @@ from biomedclip.stream import selection as selection_module
 from biomedclip.stream.fetch import FetchConfig
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import StreamSource, read_rows
-from biomedclip.stream.source import FetcherHere
+from biomedclip.stream.tars import FetcherHere
 
 
 @pytest.fixture(scope="module")

@@ -261,6 +261,8 @@ def test_a_step_that_does_not_fit_into_memory_names_the_settings_that_help(folde
         train(config(folders, micro_batch_size=3), tmp_path / "b")
 
 
+# torch raises where its signal lands; from a destructor Python can only report it, beside the error that ends the run.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_lost_reading_process_is_named_with_its_remedy(folders, tmp_path, monkeypatch):
     from biomedclip.stream.samples import Samples
 

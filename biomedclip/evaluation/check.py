@@ -20,7 +20,7 @@ OPENED = 100
 
 def describe_task(name: str, root: Path) -> str:
     """What the task is and what was found. Raises what an evaluation would raise for the same data."""
-    from biomedclip.evaluation.evaluate import check_counts, read_split
+    from biomedclip.evaluation.splits import check_counts, read_split
 
     task = find_task(name)
     found, _ = find_data(None, (name,), root)

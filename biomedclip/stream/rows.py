@@ -28,7 +28,8 @@ from biomedclip.stream.parts import RowNumbers, Selection
 from biomedclip.stream.plan import PlanSource
 from biomedclip.stream.presets import Augmentation
 from biomedclip.stream.selection import Choice, select_rows
-from biomedclip.stream.source import FetcherHere, Place, locate, open_shards
+from biomedclip.stream.source import Place, locate, open_shards
+from biomedclip.stream.tars import FetcherHere
 
 Value = TypeVar("Value", covariant=True)
 

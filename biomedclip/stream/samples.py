@@ -32,7 +32,8 @@ from biomedclip.stream.ledger import Unreadable
 from biomedclip.stream.plan import Pick, Plan
 from biomedclip.stream.presets import augmentation_for
 from biomedclip.stream.rows import Rows, StreamSource, read_rows
-from biomedclip.stream.source import FetcherHere, RemoteShards, Shards, open_shards
+from biomedclip.stream.source import open_shards
+from biomedclip.stream.tars import FetcherHere, RemoteShards, Shards
 from biomedclip.stream.text import Tokenise
 
 MAX_ATTEMPTS = 8

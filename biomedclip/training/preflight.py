@@ -21,7 +21,7 @@ from biomedclip.stream.fetch import Span, coalesce
 from biomedclip.stream.mixture import weight_at
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import Rows, index_rows, read_rows
-from biomedclip.stream.source import FetcherHere
+from biomedclip.stream.tars import FetcherHere
 from biomedclip.training.config import TrainConfig
 from biomedclip.training.plans import stream_sources, unindexed_sources
 

@@ -21,7 +21,7 @@ from biomedclip.runs import DONE, read_facts, read_metrics
 from biomedclip.stream.ledger import Unreadable, read_unreadable
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import Rows, read_rows
-from biomedclip.stream.source import FetcherHere
+from biomedclip.stream.tars import FetcherHere
 from biomedclip.training.config import DataConfig
 from biomedclip.training.plans import PlanRecord, read_plans, stream_sources
 

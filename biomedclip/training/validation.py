@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from biomedclip.errors import ConfigError
 from biomedclip.evaluation.embed import embed_images
-from biomedclip.evaluation.evaluate import Encoder, read_split, score_retrieval, score_zero_shot
+from biomedclip.evaluation.evaluate import Encoder, score_retrieval, score_zero_shot
 from biomedclip.evaluation.prompts import compile_prompts
 from biomedclip.evaluation.scores import Scores, statistics_of
+from biomedclip.evaluation.splits import read_split
 from biomedclip.evaluation.tasks import Task, find_task
 from biomedclip.files import write_text
 from biomedclip.runs import Run

@@ -24,9 +24,10 @@ import torch
 import yaml
 
 from biomedclip.config import check_config
-from biomedclip.evaluation.evaluate import Encoder, read_split
+from biomedclip.evaluation.evaluate import Encoder
 from biomedclip.evaluation.prompts import compile_prompts
 from biomedclip.evaluation.scores import measure
+from biomedclip.evaluation.splits import read_split
 from biomedclip.evaluation.tasks import Task
 from biomedclip.models.load import load
 from biomedclip.training.config import TrainConfig

@@ -41,7 +41,7 @@ began, cpu = time.perf_counter(), time.process_time()
 from biomedclip.stream.fetch import FetchConfig
 from biomedclip.stream.plan import Plan
 from biomedclip.stream.rows import StreamSource, read_rows
-from biomedclip.stream.source import FetcherHere
+from biomedclip.stream.tars import FetcherHere
 folder, cache, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 fetcher = FetcherHere(FetchConfig(cache=cache))
 rows, sources, names = read_rows([StreamSource(name="pmc", path=folder)], 0.0, fetcher)
