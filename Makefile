@@ -20,7 +20,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[app,dev]"
 	touch $(READY)
 
 demo: $(READY)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from biomedclip import __version__
+from biomedclip.app_commands import add_app_commands
 from biomedclip.continual_commands import add_continual_commands
 from biomedclip.data_commands import data_app
 from biomedclip.errors import BiomedclipError, ConfigError, MissingExtra
@@ -156,6 +157,7 @@ def evaluate(
 
 
 add_continual_commands(app)
+add_app_commands(app)
 
 
 @app.command(epilog="Example: biomedclip doctor")
