@@ -296,6 +296,7 @@ OBJECTIVES = {
     "infoloob": {"name": "infoloob", "same_article": "ignore"},
     "cloob": {"name": "infoloob", "hopfield_beta": 8.0},
     "alip": {"name": "alip"},
+    "long captions": {"label_smoothing": 0.1, "short_captions": {"components": 3}, "tile": 4},
 }
 
 

@@ -115,6 +115,33 @@ def test_gradients_of_parts_are_those_of_the_whole_batch_also_with_patch_dropout
     assert relative(found, wanted) < 1e-9
 
 
+@pytest.mark.parametrize("size", [0, 4])
+def test_frozen_positions_stay_to_the_bit_and_count_for_nothing_in_the_norm(size):
+    rows = 5
+    settings = config(
+        micro_batch_size=size, towers={"freeze_positions": rows}, max_steps=3,
+        optim={"lr": 1e-2, "weight_decay": 0.5, "clip_norm": 1e-3},
+    )  # fmt: skip
+    start = model().double().positional_embedding.detach().clone()
+    found, module = fit(settings, batches=[batch(seed=seed) for seed in range(3)])
+    end = module.model.positional_embedding.detach()
+    assert torch.equal(end[:rows], start[:rows])
+    assert not torch.isclose(end[rows:], start[rows:]).all(dim=1).any()
+    assert found["positional_embedding"][:rows].any()  # a callback sees gradients before the rows are left out
+    found["positional_embedding"][:rows] = 0
+    norm = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+    assert float(module.latest["grad_norm"]) == pytest.approx(float(norm), rel=1e-9)
+
+
+def test_positions_that_a_tower_lacks_cannot_be_frozen():
+    with pytest.raises(ConfigError, match=r"the text tower has 16 positions \(found 17\)"):
+        ContrastiveModule(model(), config(towers={"freeze_positions": 17}))
+    with pytest.raises(ConfigError, match="needs a text tower that trains a table of positions"):
+        ContrastiveModule(model(), config(towers={"freeze_positions": 3, "lock_text": 0}))
+    with pytest.raises(ConfigError, match=r"fsdp goes with none of towers\.stages, towers\.freeze_positions"):
+        config(towers={"freeze_positions": 3}, strategy="fsdp")
+
+
 def test_the_size_of_the_parts_does_not_change_the_gradients():
     wanted, _ = fit(config())
     for size in (1, 4, 5):

@@ -7,6 +7,7 @@ others, so one mix fits a mixture of articles and labelled sets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,8 @@ from biomedclip.stream.plan import draw_int
 Weight = Annotated[float, Field(ge=0)]
 
 _FEWEST_WORDS = 2
+_FEWEST_IN_SENTENCE = 3
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
 
 
 class CaptionMix(Config):
@@ -63,6 +66,18 @@ KINDS = ("original", "compiled", "rewrite", "mention", "panel")
 def choose_caption(captions: Sequence[str], *facts: object) -> str:
     """One of the captions, each as likely, decided by the facts (seed, sample key, epoch) alone."""
     return captions[draw_int("caption", *facts) % len(captions)]
+
+
+def first_sentence(caption: str) -> str:
+    """The caption up to the end of its first sentence of three words or more, all of it where it has one only.
+
+    Long-CLIP's short caption is what stands before the first full stop and space. Of `Fig. 1. (A) Axial CT shows …`
+    that is no sentence, so here one ends before a capital or a bracket, and is longer than a label.
+    """
+    for end in _SENTENCE_END.finditer(caption):
+        if len(caption[: end.start()].split()) >= _FEWEST_IN_SENTENCE:
+            return caption[: end.start()]
+    return caption
 
 
 def find_texts(caption: str, sidecar: Mapping[str, Any]) -> dict[str, list[str]]:

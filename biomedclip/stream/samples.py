@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.images import BadImage
 from biomedclip.stream.augment import augment
-from biomedclip.stream.captions import choose_caption, find_texts, sample_caption
+from biomedclip.stream.captions import choose_caption, find_texts, first_sentence, sample_caption
 from biomedclip.stream.decode import Geometry, decode_exact, read_reduced
 from biomedclip.stream.faults import BrokenImage, NoCaption, WrongBytes
 from biomedclip.stream.fetch import FetchConfig, Unreachable
@@ -80,8 +80,9 @@ class Samples(Dataset[dict[str, Any]]):
         many; every epoch of other sources draws anew."""
         self.passed_over: Mapping[tuple[int, int], tuple[str, str]] = {}
         """(source, row) -> reason and detail of samples that are not tried, because the run could not read them."""
-        self.second_captions = False
-        """Whether a batch holds `second_text` too: another of each sample's captions, its own where it has one only."""
+        self.second_captions: Literal["other", "first_sentence"] | None = None
+        """Which `second_text` a batch holds too: another of each sample's captions (its own where it has one only), or
+        the first sentence of the caption itself."""
         self.max_steps: int | None = None
         """Batches from here on are not asked for, so not read ahead either."""
 
@@ -201,6 +202,8 @@ class Samples(Dataset[dict[str, Any]]):
         return sample_caption(texts, mix, self.seed, key, epoch)
 
     def _second_caption(self, pick: Pick, first: str) -> str:
+        if self.second_captions == "first_sentence":
+            return first_sentence(first)
         others = [caption for caption in self._captions(pick) if caption != first]
         return choose_caption(others, self.seed, "second", self._key(pick), pick.epoch) if others else first
 

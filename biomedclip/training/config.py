@@ -195,6 +195,8 @@ class TowersConfig(Config):
     """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
     compile: bool = False
     """Compile the towers with torch.compile; the first steps take minutes."""
+    freeze_positions: Annotated[int, Field(ge=0)] = 0
+    """The first so many text positions stay as they are: 20 in Long-CLIP, which trains only those that it stretched."""
     text_buckets: Count = 2
     """Parts by length that the texts of a batch go through the tower in, padded each to its own longest; same loss."""
 
@@ -204,6 +206,15 @@ class TowersConfig(Config):
         if steps != sorted(set(steps)):
             raise ValueError(f"stages must end one after the other (found until_step {steps})")
         return self
+
+
+class ShortCaptionsConfig(Config):
+    """Long-CLIP's second loss: the first sentence of each caption against the images' primary components."""
+
+    weight: Positive = 1.0
+    """Beside the loss of the whole captions; the authors' code adds both as they are."""
+    components: Count = 32
+    """Principal components of the batch that the images keep (the authors' number)."""
 
 
 class LossConfig(Config):
@@ -224,13 +235,28 @@ class LossConfig(Config):
     max_logit_scale: Positive = 100.0
     learn_logit_scale: bool = True
     """Whether the logit scale is trained; CLOOB keeps it at 30."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """clip: share of the target that is spread evenly over the batch (0.1 in Long-CLIP)."""
+    short_captions: ShortCaptionsConfig | None = None
+    """clip: also match the first sentence of each caption, to what is coarse in the images (Long-CLIP)."""
     tile: Annotated[int, Field(ge=0)] = 0
     """Side of the tiles that the loss is computed in: memory grows with it, the value does not. 0: by device."""
+
+    @property
+    def second_captions(self) -> Literal["other", "first_sentence"] | None:
+        """Which second text of a sample the objective needs."""
+        return "other" if self.name == "alip" else "first_sentence" if self.short_captions else None
 
     @model_validator(mode="after")
     def _fits_together(self) -> LossConfig:
         if self.hopfield_beta and self.name != "infoloob":
             raise ValueError("hopfield_beta needs name: infoloob")
+        for wanted in ("label_smoothing", "short_captions"):
+            if getattr(self, wanted) and self.name != "clip":
+                raise ValueError(f"{wanted} needs name: clip")
+        if self.label_smoothing and (self.soft_targets or "ignore" in (self.same_article, self.same_caption)):
+            raise ValueError("label_smoothing spreads the target over all pairs, so it goes with none of soft_targets, "
+                             "same_article: ignore and same_caption: ignore")  # fmt: skip
         return self
 
 
@@ -304,12 +330,20 @@ class TrainConfig(Config):
         processes = self.devices * self.num_nodes
         if self.batch_size % processes:
             raise ValueError(f"batch_size must be a multiple of the {processes} processes (found {self.batch_size})")
-        if self.strategy == "fsdp" and (self.towers.stages or self.micro_batch_size or self.precision == "fp16"):
-            # Shared weights are gathered by calls of whole towers, in an order that all processes must keep.
+        refused = (self.towers.stages, self.towers.freeze_positions, self.precision == "fp16")
+        if self.strategy == "fsdp" and any(refused):
+            # A stage and a frozen row need a whole table of positions, of which each process has a part.
             raise ValueError(
-                "fsdp goes with none of towers.stages, micro_batch_size and precision fp16; take ddp, or "
-                "towers.gradient_checkpointing and bf16"
+                "fsdp goes with none of towers.stages, towers.freeze_positions and precision fp16; take ddp, or bf16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _second_captions_are_read(self) -> TrainConfig:
+        bare = [source.name for source in self.data.sources if source.is_unindexed]
+        if self.loss.second_captions and bare:
+            asks = "alip" if self.loss.name == "alip" else "short_captions"
+            raise ValueError(f"loss {asks} reads two texts of a sample, and source {bare[0]} without an index has one")
         return self
 
     @model_validator(mode="after")

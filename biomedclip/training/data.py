@@ -2,25 +2,23 @@
 
 Reads the dataset folders that a config names and yields the loaders of `biomedclip.stream`. The training loader is
 one long epoch of `max_steps` batches, sized, because Lightning resumes a loader without a length one batch late.
-Validation reads exact pixels and first captions, in index order.
+Validation reads exact pixels and first captions (`pair_validation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
 from biomedclip.stream.decode import Geometry
 from biomedclip.stream.loader import Samples, StreamLoader, StreamSource
-from biomedclip.stream.plan import Pick
 from biomedclip.stream.text import Tokenise
 from biomedclip.stream.unindexed import UnindexedSamples
 from biomedclip.training.config import TrainConfig
+from biomedclip.training.pair_validation import ValidationBatches
 from biomedclip.training.plans import stream_sources, unindexed_sources
 
 
@@ -36,7 +34,7 @@ class StreamData(LightningDataModule):
             cache_bytes=config.data.cache_mb * 1_000_000,
             size_exponent=config.data.size_exponent, fetch=config.data.fetch,
         )  # fmt: skip
-        samples.second_captions = config.loss.name == "alip"
+        samples.second_captions = config.loss.second_captions
         pinned = config.device != "cpu" and torch.cuda.is_available()
         self.train_loader = StreamLoader(
             samples, max_steps=config.max_steps, workers=config.data.workers, pin_memory=pinned,
@@ -83,31 +81,12 @@ class StreamData(LightningDataModule):
             sources, batch_size=1, seed=self.config.seed, geometry=self.geometry, tokenise=self.tokenise, cache_bytes=0,
             fetch=self.config.data.fetch,
         )  # fmt: skip
-        return ValidationBatches(samples, self.config.batch_size, self.config.validation.max_samples)
+        train = self.train_loader.samples
+        return ValidationBatches(
+            samples, self.config.batch_size, self.config.validation.max_samples, rank=train.rank,
+            world_size=train.world_size,
+        )  # fmt: skip
 
     def teardown(self, stage: str) -> None:
         """Close the shards this process opened."""
         self.train_loader.samples.close()
-
-
-class ValidationBatches:
-    """The first `max_samples` samples of a set of sources as exact batches, decoded once."""
-
-    def __init__(self, samples: Samples, batch_size: int, max_samples: int) -> None:
-        places = [(number, row) for number, rows in enumerate(samples.rows) for row in range(len(rows))]
-        self._places, self._samples, self._batch_size = places[:max_samples], samples, batch_size
-        self._batches: list[dict[str, torch.Tensor]] = []
-
-    def __len__(self) -> int:
-        return -(-len(self._places) // self._batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if not self._batches:
-            for first in range(0, len(self._places), self._batch_size):
-                chosen = self._places[first : first + self._batch_size]
-                self._samples.prepare([Pick(*place, 0) for place in chosen])
-                images, captions = zip(*(self._samples.read_exact(*place) for place in chosen), strict=True)
-                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-                self._batches.append({"image": pixels, "text": self._samples.tokenise(captions)})
-            self._samples.close()
-        return iter(self._batches)

@@ -13,7 +13,8 @@ need be stored, a second pass over a part repeats the first, and a run resumed o
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +28,18 @@ from biomedclip.training.config import TrainConfig
 from biomedclip.training.gather import rank, world_size
 from biomedclip.training.gradient_cache import Embeddings, cached_backward
 from biomedclip.training.objectives.objective import Objective
-from biomedclip.training.objectives.softmax import at_least_float32, clip_loss
+from biomedclip.training.objectives.softmax import at_least_float32
 from biomedclip.training.optim import make_optimizer, rate_factor
+from biomedclip.training.pair_validation import score_pairs
 from biomedclip.training.terms import Continual, StepTensors
-from biomedclip.training.towers import encode_image, encode_text, set_up_towers, split_by_length, text_padding
+from biomedclip.training.towers import (
+    encode_image,
+    encode_text,
+    frozen_positions,
+    set_up_towers,
+    split_by_length,
+    text_padding,
+)
 
 Batch = dict[str, Any]
 
@@ -50,6 +59,8 @@ class ContrastiveModule(LightningModule):
         self._continual = [continual or Continual()]
         self.objective = Objective(config.loss)
         set_up_towers(model, config.towers)
+        # In a list: a parameter of the model must not have a second name in checkpoints.
+        self._positions = [frozen_positions(model, config.towers.freeze_positions)]
         self._choose_scalars()
         if config.channels_last:
             model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload, union-attr]
@@ -59,7 +70,7 @@ class ContrastiveModule(LightningModule):
         self.register_buffer("std", 255 * torch.tensor(facts["std"]).view(-1, 1, 1), persistent=False)
         self.padding = None if config.towers.compile else text_padding(model)
         self.latest: dict[str, Any] = {}
-        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -98,11 +109,22 @@ class ContrastiveModule(LightningModule):
                 exchange=self._exchange, backward_part=self._backward_part,
             )  # fmt: skip
         self._exchange_scalars()
-        optimizer.step()
+        with self._held_positions():
+            optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
         self._clamp_scale()
+
+    @contextmanager
+    def _held_positions(self) -> Iterator[None]:
+        """Puts the frozen rows of the text positions back after a step: weight decay moves rows without a gradient."""
+        table, count = self._positions[0], self.config.towers.freeze_positions
+        before = None if table is None else table.detach()[:count].clone()
+        yield
+        if table is not None and before is not None:
+            with torch.no_grad():
+                table[:count] = before
 
     def _parts(self, batch: Batch) -> list[Batch]:
         size, count = self.config.micro_batch_size, len(batch["image"])
@@ -221,19 +243,14 @@ class ContrastiveModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the embeddings of a validation batch until the last one is in."""
-        self._validation.append(self.embed(batch))
+        self._validation.append((batch["number"], *self.embed(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        """Adds the loss and recall@1 over all validation pairs to `latest`."""
-        if not self._validation:
-            return
-        image, text = (torch.cat(parts) for parts in zip(*self._validation, strict=True))
-        self._validation.clear()
-        own = torch.arange(len(image), device=image.device)
-        best_text, best_image = (image @ text.T).argmax(dim=1), (text @ image.T).argmax(dim=1)
-        self.latest["val_loss"] = clip_loss(image, text, self.logit_scale)
-        self.latest["val_image_to_text/recall@1"] = (best_text == own).float().mean()
-        self.latest["val_text_to_image/recall@1"] = (best_image == own).float().mean()
+        """Adds the loss and recall@1 over the validation pairs of all processes to `latest`."""
+        if self._validation:
+            numbers, image, text = (torch.cat(parts) for parts in zip(*self._validation, strict=True))
+            self._validation.clear()
+            self.latest |= score_pairs(numbers, image, text, self.logit_scale)
 
     def configure_optimizers(self) -> Any:
         """AdamW over decaying and not decaying parameters, its rate set at every step."""
@@ -248,6 +265,8 @@ class ContrastiveModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clips the global norm as the config says and keeps the norm before clipping for the log."""
+        if (table := self._positions[0]) is not None and table.grad is not None:
+            table.grad[: self.config.towers.freeze_positions] = 0  # rows that stay count for nothing in the norm
         limit = self.config.optim.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.latest["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

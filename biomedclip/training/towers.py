@@ -39,6 +39,24 @@ def set_up_towers(model: nn.Module, settings: TowersConfig) -> None:
         _check_stage(towers.visual, stage.size_px)
 
 
+def frozen_positions(model: nn.Module, count: int) -> nn.Parameter | None:
+    """The text tower's table of positions, whose first `count` rows are to stay; None where none are.
+
+    Raises ConfigError where the tower has no such table, or locks it as a whole.
+    """
+    if not count:
+        return None
+    table = getattr(getattr(model, "text", model), "positional_embedding", None)
+    if not isinstance(table, nn.Parameter) or not table.requires_grad:
+        raise ConfigError(
+            "towers.freeze_positions", "needs a text tower that trains a table of positions as CLIP's does",
+            todo="leave it out",
+        )  # fmt: skip
+    if count > len(table):
+        raise ConfigError("towers.freeze_positions", f"the text tower has {len(table)} positions", found=count)
+    return table
+
+
 def encode_image(model: nn.Module, pixels: Tensor, size_px: int | None = None) -> Tensor:
     """(b, D) embeddings, not yet normalised, of normalised pixels, shrunk to `size_px` first where it is given."""
     tower: Any = model

@@ -17,6 +17,7 @@ from biomedclip.errors import ConfigError
 from biomedclip.training.config import LossConfig
 from biomedclip.training.gather import gather_rows, world_size
 from biomedclip.training.objectives.hopfield import cloob_losses
+from biomedclip.training.objectives.long_captions import rebuild, smoothing_losses
 from biomedclip.training.objectives.pairs import Pairs, batch_pairs
 from biomedclip.training.objectives.sigmoid import siglip_losses
 from biomedclip.training.objectives.softmax import clip_losses, infoloob_losses
@@ -61,7 +62,30 @@ class Objective(nn.Module):
             return infoloob_losses(step.image, step.all_text, step.logit_scale, **known)
         if settings.name == "alip":
             return self._alip(step, pairs)
-        return clip_losses(step.image, step.all_text, step.logit_scale, **known)
+        return self._clip(step, known)
+
+    def _clip(self, step: StepTensors, known: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """CLIP's loss, and with Long-CLIP's settings that of short captions beside it."""
+        settings = self.settings
+
+        def losses(image: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+            loss, samples = clip_losses(image, texts, step.logit_scale, **known)
+            if not settings.label_smoothing:
+                return loss, samples
+            extra, each = smoothing_losses(
+                image, texts, step.logit_scale, settings.label_smoothing, first_row=step.first_row
+            )
+            return loss + extra, samples + each
+
+        loss, samples = losses(step.image, step.all_text)
+        short = settings.short_captions
+        if short is None:
+            return loss, samples
+        if step.second_text is None:
+            raise ConfigError("loss.short_captions", "needs samples with a short caption", todo="pass second_text")
+        coarse = rebuild(step.image, step.all_image, short.components)
+        of_short, each = losses(coarse, gather_rows(step.second_text))
+        return loss + short.weight * of_short, samples + short.weight * each
 
     def _alip(self, step: StepTensors, pairs: Pairs) -> tuple[Tensor, Tensor]:
         if step.second_text is None:
