@@ -6,6 +6,7 @@ As thin as `cli.py`: every command imports its work inside the function and prin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,10 @@ eval_app = typer.Typer(
 )  # fmt: skip
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A run folder, checkpoint, zoo or open_clip name.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of results; nothing in it is overwritten.")]
-SuiteOption = Annotated[str | None, typer.Option("--suite", "-s", help="All tasks of this suite (see `eval tasks`).")]
+SuiteOption = Annotated[
+    str | None,
+    typer.Option("--suite", "-s", help="All tasks of this suite (see `eval tasks`), or a .yaml of your own."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any key of an evaluation config, such as calibration=true.")
 ]
@@ -41,16 +45,24 @@ def eval_run(
     template: Annotated[
         list[str] | None, typer.Option("--template", help="With --images: a prompt with {} for the class name.")
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option("--scores", help="No model is run: a .csv or .npz of scores or predictions of one task."),
+    ] = None,
+    given: Annotated[
+        str | None, typer.Option("--given", help="What --scores holds: cosines, probabilities, logits or predictions.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Also write report.html and .md here.")] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Score a model on a suite, on tasks, or on your own folder of pictures.
+    """Score a model on a suite, on tasks, on your own folder of pictures, or measure a file of scores.
 
-    Tasks whose data is not in DATA_ROOT are skipped, listed at the end, and stand in the report's appendix.
+    Tasks whose data is not in DATA_ROOT are skipped, listed at the end, and stand in the report's appendix. With
+    --scores the model is only a name: the figures that the task lists for it are judged reproduced or not.
     """
     from biomedclip.config import read_overrides
     from biomedclip.evaluation.config import EvaluateConfig
-    from biomedclip.evaluation.selection import find_data, folder_task
+    from biomedclip.evaluation.selection import choose_tasks, find_data, folder_task, is_file
     from biomedclip.progress import terminal
 
     if suite == "medvqa":
@@ -58,29 +70,63 @@ def eval_run(
 
         return typer.echo(run_suite(data_root, model, out, progress=terminal))
 
+    if scores is not None:
+        if images or data_root or not (task or suite):
+            raise ConfigError("--scores", "goes with one --task", todo="leave out --images and --data-root")
+        return _measure_given(model, out, suite, task or (), scores, given, report, overrides or ())
     skipped: dict[str, str] = {}
     if images is not None:
         if suite or task or data_root:
             raise ConfigError("--images", "stands alone", todo="leave out --suite, --task and --data-root")
         own = folder_task(images, template or ())
-        given, extra = {own.name: str(images)}, {own.name: own}
+        found, extra = {own.name: str(images)}, {own.name: own}
     else:
         if template:
             raise ConfigError("--template", "goes with --images; a task's prompts are its own", todo="name --images")
-        given, skipped = find_data(suite, task or (), data_root)
-        extra = {}
+        found, skipped = find_data(suite, task or (), data_root)
+        extra = {one.name: one for one in choose_tasks(suite, ())} if is_file(suite) else {}
     settings = read_overrides(
-        overrides or (), EvaluateConfig, given={"model": model, "tasks": list(given), "data": given}
+        overrides or (), EvaluateConfig, given={"model": model, "tasks": list(found), "data": found}
     )
     from biomedclip.evaluation.evaluate import evaluate
-    from biomedclip.evaluation.report import results_table
+    from biomedclip.evaluation.report import reproduction_table, results_table
     from biomedclip.evaluation.results import write_skipped
 
     results = evaluate(settings, out, progress=terminal, tasks=extra)
     write_skipped(out, skipped)
     typer.echo(results_table(results))
+    if judged := reproduction_table(results):
+        typer.echo(judged)
     for name, reason in skipped.items():
         typer.echo(f"skipped    {name}: {reason}")
+    if report is not None:
+        _write(out, report)
+
+
+def _measure_given(
+    model: str, out: Path, suite: str | None, names: Sequence[str], scores: Path, kind: str | None,
+    report: Path | None, overrides: Sequence[str],
+) -> None:  # fmt: skip
+    from typing import get_args
+
+    from biomedclip.config import read_overrides
+    from biomedclip.evaluation.config import EvaluateConfig
+    from biomedclip.evaluation.given import evaluate_given
+    from biomedclip.evaluation.report import reproduction_table, results_table
+    from biomedclip.evaluation.score_files import Kind
+    from biomedclip.evaluation.selection import choose_tasks
+
+    if kind is not None and kind not in get_args(Kind):
+        raise ConfigError("--given", "is not known", found=kind, todo=f"one of {', '.join(get_args(Kind))}")
+    tasks = {one.name: one for one in choose_tasks(suite, names)}
+    settings = read_overrides(
+        overrides,
+        EvaluateConfig,
+        given={"model": model, "tasks": list(tasks), "data": dict.fromkeys(tasks, str(scores))},
+    )
+    result = evaluate_given(settings, out, kind=kind, tasks=tasks)  # type: ignore[arg-type]
+    typer.echo(results_table([result]))
+    typer.echo(reproduction_table([result]))
     if report is not None:
         _write(out, report)
 

@@ -32,7 +32,10 @@ OPTIONS = {
     "doctor": set(),
 }
 EVAL_OPTIONS = {
-    "run": {"--model", "--out", "--suite", "--task", "--data-root", "--images", "--template", "--report", "--set"},
+    "run": {
+        "--model", "--out", "--suite", "--task", "--data-root", "--images", "--template", "--scores", "--given",
+        "--report", "--set",
+    },  # fmt: skip
     "tasks": {"--suite"},
     "check": {"task", "--data-root"},
     "compare": {"first", "second", "--resamples"},
@@ -74,8 +77,9 @@ MODEL_OPTIONS = {
     "pull": {"name", "--out", "--revision"},
     "verify": {"target", "--model", "--offline", "--trust-pickle"},
     "convert": {"name", "checkpoint", "--out", "--trust-pickle"},
-    "export": {"source", "--out", "--format", "--checkpoint", "--push", "--private", "--trust-pickle"},
-    "card": {"target", "--out", "--notes", "--results"},
+    "export": {"source", "--out", "--format", "--checkpoint", "--push", "--private", "--half", "--trust-pickle"},
+    "calibrate": {"model", "--task", "--data", "--out", "--accuracy", "--quantile"},
+    "card": {"target", "--out", "--notes", "--results", "--before", "--model"},
 }
 
 

@@ -7,7 +7,7 @@ checks of rows are here too, since what is a wrong row depends on the kind of an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from biomedclip.evaluation.zero_shot import pool_patches, score_labels, score_op
 from biomedclip.schema import LabelledImage
 
 if TYPE_CHECKING:
-    from biomedclip.evaluation.evaluate import Encoder
+    from biomedclip.evaluation.scoring import Encoder
 
 Vectors = NDArray[np.float32]
 
@@ -56,7 +56,7 @@ def read_options(row: LabelledImage, root: str) -> tuple[list[str], int]:
 
 
 def score_label_sets(
-    task: Task, prompts: dict[str, list[str]], prompt_set: str, rows: Sequence[LabelledImage], images: Vectors,
+    task: Task, prompts: Mapping[str, Sequence[str]], prompt_set: str, rows: Sequence[LabelledImage], images: Vectors,
     encoder: Encoder, groups: tuple[str, ...] | None,
 ) -> LabelScores:  # fmt: skip
     """Cosine with the positive less cosine with the negative prompts, each label by itself."""

@@ -71,8 +71,8 @@ def label_tables(scores: LabelScores) -> dict[str, Any]:
     return {
         "per_class": [
             {"class": row.label, "support": row.positives, "negatives": row.negatives, "auroc": _number(row.auroc),
-             "auprc": _number(row.auprc), **({"reason": row.reason} if row.reason else {})}
-            for row in rows
+             "auprc": _number(row.auprc), **_decisions(scores, c), **({"reason": row.reason} if row.reason else {})}
+            for c, row in enumerate(rows)
         ],
         "n_undefined": sum(row.reason is not None for row in rows),
         "baselines": {
@@ -80,6 +80,16 @@ def label_tables(scores: LabelScores) -> dict[str, Any]:
             "majority": {"auroc": 0.5, "macro_f1": 0.0},
         },
     }  # fmt: skip
+
+
+def _decisions(scores: LabelScores, label: int) -> dict[str, float | None]:
+    """What follows of one label from calling it present at a margin of 0 and above."""
+    stated = scores.truth[:, label] != multilabel.UNSTATED
+    table = metrics.confusion(scores.truth[stated, label], scores.cosines[stated, label] >= 0, 2)
+    recalls, precisions = metrics.recall_per_class(table), metrics.precision_per_class(table)
+    named = {"precision": precisions[1], "sensitivity": recalls[1], "specificity": recalls[0],
+             "f1": metrics.f1_per_class(table)[1]}  # fmt: skip
+    return {name: _number(float(value)) for name, value in named.items()}
 
 
 def option_statistics(scores: OptionScores) -> dict[str, Statistic]:

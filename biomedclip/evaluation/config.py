@@ -52,6 +52,10 @@ class EvaluateConfig(Config):
     """A run folder, a checkpoint folder or an open_clip name: whatever `biomedclip.load` takes."""
     model_name: str | None = None
     """How results call the model; by default as `model` does."""
+    published_as: str | None = None
+    """Name under which the tasks list published figures of this model, where its own name or title is another."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Largest difference at which a published figure counts as reproduced (reproduce.py has the defaults)."""
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     data: dict[str, str] = Field(default_factory=dict)
     """Task name -> file or folder of its data set, in the layout the task names."""

@@ -125,17 +125,35 @@ def difference_rows(changes: Mapping[str, Sequence[Change]]) -> list[tuple[str, 
 
 
 def published_rows(table: Results) -> list[tuple[str, ...]]:
-    """Published figures of the task's set beside ours. Another model's figure is context, not a reproduction."""
-    rows: list[tuple[str, ...]] = [("task", "published model", "metric", "published", "n there", "ours", "source")]
+    """Published figures of the task's set beside ours, with a verdict where the figure is of the model that was scored.
+
+    Another model's figure is context, not a reproduction.
+    """
+    rows: list[tuple[str, ...]] = [
+        ("task", "published model", "metric", "published", "n there", "ours", "verdict", "source")
+    ]
     for by_model in table.values():
         for model, result in by_model.items():
+            judged = {(row["model"], row["metric"], row["published"]): row
+                      for row in result.record.get("reproduction", ())}  # fmt: skip
             for entry in result.record.get("published", ()):
                 own = result.metrics.get(entry["metric"])
+                verdict = judged.get((entry["model"], entry["metric"], entry["value"]))
                 ours = f"{model}: {_cell(own)}" if own else "not measured"
+                if verdict and not own and verdict["ours"] is not None:
+                    ours = f"{model}: {round_value(verdict['ours'])}"
                 rows.append((result.record["title"], entry["model"], name_metric(entry["metric"]),
                              round_value(entry["value"]), f"{entry['n']:,}" if entry["n"] else "not said", ours,
-                             entry["source"]))  # fmt: skip
+                             _verdict(verdict), entry["source"]))  # fmt: skip
     return rows
+
+
+def _verdict(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "another model"
+    return (
+        f"{row['verdict']}: {row['reason']}" if "reason" in row else f"{row['verdict']} within {row['tolerance']:.2g}"
+    )
 
 
 def beyond_rows(table: Results) -> list[tuple[str, ...]]:

@@ -95,6 +95,18 @@ def results_table(results: Sequence[TaskResult]) -> str:
     return _align(rows)
 
 
+def reproduction_table(results: Sequence[TaskResult]) -> str:
+    """Published figures of the scored models, ours beside them and the verdict; empty where there are none."""
+    rows = [("published figure of", "metric", "published", "ours", "tolerance", "verdict")]
+    for result in results:
+        for entry in result.record.get("reproduction", ()):
+            why = f": {entry['reason']}" if "reason" in entry else ""
+            rows.append((f"{entry['model']} on {result.task}", entry["metric"], f"{entry['published']:g}",
+                         "–" if entry["ours"] is None else f"{entry['ours']:.4f}", f"{entry['tolerance']:.2g}",
+                         entry["verdict"] + why))  # fmt: skip
+    return _align(rows) if len(rows) > 1 else ""
+
+
 def summary_table(summary: Record) -> str:
     """What `summarise` returned as aligned plain text: before and after with intervals."""
     rows = [("task", "metric", "before", "", "after", "", "n")]

@@ -277,14 +277,17 @@ def _class_tables(scores: ClassScores) -> dict[str, Any]:
     support = table.sum(1)
     present = int((support > 0).sum())
     share = support / max(1.0, support.sum())
-    recalls = metrics.recall_per_class(table)
+    recalls, precisions, f1 = (
+        of(table) for of in (metrics.recall_per_class, metrics.precision_per_class, metrics.f1_per_class)
+    )
     areas = metrics.auroc_per_class(scores.y, scores.cosines)
     best = np.sort(scores.cosines, axis=1)
     majority = float(share.max(initial=0))
     return {
         "confusion": table.astype(int).tolist(),
         "per_class": [
-            {"class": name, "support": int(support[c]), "recall": _number(recalls[c]), "auroc": _number(areas[c])}
+            {"class": name, "support": int(support[c]), "recall": _number(recalls[c]), "auroc": _number(areas[c]),
+             "precision": _number(precisions[c]), "f1": _number(f1[c])}
             for c, name in enumerate(scores.classes)
         ],
         "ties": int((best[:, -1] == best[:, -2]).sum()) if len(best) else 0,

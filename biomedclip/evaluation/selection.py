@@ -11,11 +11,27 @@ from pathlib import Path
 
 from biomedclip.config import check_config
 from biomedclip.errors import ConfigError, DataError
-from biomedclip.evaluation.tasks import Task, find_task, load_tasks
+from biomedclip.evaluation.tasks import Task, find_task, load_tasks, parse_suite
+
+
+def is_file(suite: str | None) -> bool:
+    """Whether `--suite` names a suite file of the user's own."""
+    return suite is not None and suite.endswith((".yaml", ".yml"))
 
 
 def choose_tasks(suite: str | None, names: Sequence[str]) -> list[Task]:
-    """The tasks of a suite, or those named, or all. Raises ConfigError for an unknown suite or task."""
+    """The tasks of a suite, or those named, or all. Raises ConfigError for an unknown suite or task.
+
+    A suite that ends in `.yaml` is a file of tasks, written as those in `suites/` are.
+    """
+    if suite is not None and is_file(suite):
+        try:
+            own = parse_suite(Path(suite).read_text(encoding="utf-8"), suite)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(suite, "cannot be read", found=str(error)[:80]) from None
+        if unknown := [name for name in names if name not in own]:
+            raise ConfigError(f"task {unknown[0]}", f"is not in {suite}", todo=f"one of {', '.join(own)}")
+        return [own[name] for name in names] if names else list(own.values())
     if names:
         return [find_task(name) for name in names]
     suites = sorted({task.suite for task in load_tasks().values()})
