@@ -154,7 +154,7 @@ def _minmax(image: Any, step: Step) -> Any:
     return Pictures.fromarray((values / top * 255 if top > 0 else values).astype(np.uint8))
 
 
-def _target_size(step: Step, height: int, width: int) -> tuple[int, int]:
+def target_size(step: Step, height: int, width: int) -> tuple[int, int]:
     """(height, width) after a resize step, by the formula of torchvision or open_clip."""
     wanted: Any = step.size
     if step.resize == "squash":
@@ -173,7 +173,7 @@ def _target_size(step: Step, height: int, width: int) -> tuple[int, int]:
 def _resize(image: Any, step: Step) -> Any:
     from PIL import Image as Pictures
 
-    height, width = _target_size(step, image.height, image.width)
+    height, width = target_size(step, image.height, image.width)
     if (width, height) == image.size:
         return image
     if step.antialias:
@@ -246,7 +246,7 @@ def _resize_tensor(value: torch.Tensor, step: Step) -> torch.Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
 
-    size = _target_size(step, value.shape[1], value.shape[2])
+    size = target_size(step, value.shape[1], value.shape[2])
     return resize(value, list(size), InterpolationMode(step.interpolation), antialias=step.antialias)
 
 
