@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from biomedclip.errors import DataError
 
@@ -122,12 +123,46 @@ def read_rgb(data: bytes, where: str = "image") -> Image.Image:
     window first.
     """
     try:
-        with _open(data) as image:
-            if image.mode in _DEEP_MODES:
-                raise BadImage("deep_image", f"mode {image.mode}")
-            return _to_rgb(image)
+        return decode_rgb(data)
     except BadImage as error:
         raise DataError(where, "is not a picture this project can show", found=str(error)) from None
+
+
+def decode_rgb(data: bytes, *, at_least_px: int | None = None) -> Image.Image:
+    """The picture as `read_rgb` has it, and the reason where there is none.
+
+    With `at_least_px` a JPEG is scaled while it is decoded, to the smallest half, quarter or eighth whose shorter side
+    still has that many pixels; its full size then does not count against MAX_PIXELS. Raises BadImage with a reason of
+    `check_image`.
+    """
+    with _open(data, at_least_px) as image:
+        if image.mode in _DEEP_MODES:
+            raise BadImage("deep_image", f"mode {image.mode}")
+        return _to_rgb(image)
+
+
+def decode_deep(data: bytes) -> np.ndarray:
+    """(H, W) values of a grey picture of more than 8 bits, as stored. Raises BadImage as `decode_rgb` does, and with
+    reason `not_deep` for any other picture."""
+    with _open(data) as image:
+        if image.mode not in _DEEP_MODES:
+            raise BadImage("not_deep", f"mode {image.mode}")
+        with _decoding():
+            image.seek(0)
+            image.load()
+            turned = ImageOps.exif_transpose(image) or image
+        return np.asarray(turned)
+
+
+def has_several_frames(data: bytes) -> bool:
+    """Whether a picture that decodes has others behind it: an animation, pages. False where the second is broken."""
+    if data[:2] == b"\xff\xd8":
+        return False
+    try:
+        with _open(data) as image, _decoding():
+            return bool(getattr(image, "is_animated", False))
+    except BadImage:
+        return False
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -153,17 +188,30 @@ def _dct_matrix(rows: int = 8, size: int = 32) -> np.ndarray:
 _DCT = _dct_matrix()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, at_least_px: int | None = None) -> Image.Image:
     with _decoding():
         try:
             image = Image.open(io.BytesIO(data), formats=_READABLE)
         except UnidentifiedImageError:
             raise BadImage("not_an_image", f"begins with {data[:12]!r}") from None
         except Image.DecompressionBombError as error:
-            raise BadImage("image_bomb", str(error)) from None
+            # Pillow's own limit does not know that a JPEG can be decoded at an eighth of its size.
+            if at_least_px is None or data[:2] != b"\xff\xd8":
+                raise BadImage("image_bomb", str(error)) from None
+            image = JpegImageFile(io.BytesIO(data))
+        if at_least_px is not None and _scales_in_little_memory(image):
+            short = min(image.size)
+            image.draft(None, tuple(max(1, at_least_px * side // short) for side in image.size))
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("image_bomb", f"{image.width}x{image.height}")
     return image
+
+
+def _scales_in_little_memory(image: Image.Image) -> bool:
+    """Whether a decoder scales the picture without holding all of it, as libjpeg must for progressive files."""
+    if image.format not in ("JPEG", "MPO"):
+        return False
+    return not image.info.get("progressive") or image.width * image.height <= MAX_PIXELS
 
 
 @contextmanager

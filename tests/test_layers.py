@@ -37,6 +37,7 @@ LEVELS = {
     "biomedclip.doctor": 8,
     "biomedclip.app": 8,
     "biomedclip.annotate_commands": 8,
+    "biomedclip.app_commands": 9,
     "biomedclip.stream_commands": 8,
     "biomedclip.train_commands": 8,
     "biomedclip.model_commands": 8,

@@ -68,24 +68,28 @@ def _read_nifti(start: Path, found: Found) -> Volume:
         if stem.lower().endswith(mark):
             raise DataError(f"{start}: {found.path}", "seems to be a segmentation", found=f"'{mark}' in its name",
                             todo=f"exclude: ['*{mark}.nii*']")  # fmt: skip
-    refused, shape = None, (0, 0, 0)
+    shape, refused = read_nifti_shape(start / found.path)
+    return Volume(found.path, stem, os.path.basename(stem), found.size, shape, {}, refused)
+
+
+def read_nifti_shape(path: Path) -> tuple[tuple[int, int, int], str | None]:
+    """Shape in L-P-S order by a NIfTI file's header, and why it may not be used: `not_three_dimensional`, `not_grey`,
+    `volume_bomb` or `broken_volume`."""
     try:
-        with reading(found.path):
+        with reading(str(path)):
             import nibabel
 
-            image: Any = nibabel.load(start / found.path)
+            image: Any = nibabel.load(path)
             dims = tuple(int(side) for side in image.shape)
             while len(dims) > 3 and dims[-1] == 1:
                 dims = dims[:-1]
             if len(dims) != 3 or image.get_data_dtype().fields:
-                refused = "not_three_dimensional" if len(dims) != 3 else "not_grey"
-            elif math.prod(dims) > MAX_VOXELS or min(dims) < 1:
-                refused = "volume_bomb"
-            else:
-                shape = _turn_shape(dims, image.affine)
+                return (0, 0, 0), "not_three_dimensional" if len(dims) != 3 else "not_grey"
+            if math.prod(dims) > MAX_VOXELS or min(dims) < 1:
+                return (0, 0, 0), "volume_bomb"
+            return _turn_shape(dims, image.affine), None
     except DataError:
-        refused = "broken_volume"
-    return Volume(found.path, stem, os.path.basename(stem), found.size, shape, {}, refused)
+        return (0, 0, 0), "broken_volume"
 
 
 def _read_series(
