@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from biomedclip.models.catalog import list_names, plain_facts
+
 FOLDER = Path(__file__).parent / "data" / "layouts"
 
 
@@ -63,6 +65,11 @@ def safetensors_size(file: LayoutFile) -> int:
         position = end
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + length + -length % 8 + position
+
+
+def published_names() -> list[str]:
+    """Names of the zoo's models that others published; what comes with the package is its own layout."""
+    return [name for name in list_names() if plain_facts(name)["source"]["kind"] != "bundled"]
 
 
 def layout_names() -> list[str]:

@@ -7,12 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from checkpoint_layouts import LayoutFile, layout_names, read_layout, safetensors_size
+from checkpoint_layouts import LayoutFile, layout_names, published_names, read_layout, safetensors_size
 from safetensors.torch import save_file
 
 from biomedclip.errors import CheckpointError
 from biomedclip.models.build import build_architecture, check_keys
-from biomedclip.models.catalog import list_names
 from biomedclip.models.convert import Changes, convert, expand
 from biomedclip.models.zoo import ReleasedModel, read_model
 
@@ -61,7 +60,7 @@ def fit(model: ReleasedModel, tensors: dict[str, torch.Tensor], where: str) -> t
     return ready, expected, changes, missing
 
 
-@pytest.mark.parametrize("name", list_names())
+@pytest.mark.parametrize("name", published_names())
 def test_the_published_tensors_become_exactly_the_model_s(name):
     model = read_model(name)
     tensors, expected, changes, missing = fit(model, published_on_meta(name), name)
@@ -75,7 +74,7 @@ def test_the_published_tensors_become_exactly_the_model_s(name):
     assert {rule.fill for rule in model.keys.rules if rule.fill} == set(changes.filled)
 
 
-@pytest.mark.parametrize("name", list_names())
+@pytest.mark.parametrize("name", published_names())
 def test_each_rule_is_needed(name):
     model = read_model(name)
     tensors = published_on_meta(name)
@@ -94,9 +93,9 @@ def test_each_rule_is_needed(name):
         assert not same or square, f"rule {index} ({rule.verb}) changes nothing"
 
 
-@pytest.mark.parametrize("name", list_names())
+@pytest.mark.parametrize("name", published_names())
 def test_another_model_s_file_is_refused_by_name(name):
-    own, names = published_on_meta(name).keys(), list_names()
+    own, names = published_on_meta(name).keys(), published_names()
     start = names.index(name)
     other = next(other for other in (names * 2)[start:] if published_on_meta(other).keys() != own)
     with pytest.raises(CheckpointError, match=r"their\.file"):
@@ -105,7 +104,7 @@ def test_another_model_s_file_is_refused_by_name(name):
 
 def test_safetensors_layouts_weigh_what_was_published():
     """Names, shapes and dtypes together decide the size, so that an equal size to the byte confirms them all."""
-    for name in list_names():
+    for name in published_names():
         for file, layout in zip(read_model(name).files_of("weights"), read_layout(name), strict=True):
             if file.size is not None and layout.path.endswith(".safetensors"):
                 assert safetensors_size(layout) == file.size, layout.path
@@ -120,4 +119,4 @@ def test_the_size_formula_is_that_of_the_library(tmp_path):
 
 
 def test_every_layout_has_a_model_and_every_model_a_layout():
-    assert set(layout_names()) == set(list_names())
+    assert set(layout_names()) == set(published_names())

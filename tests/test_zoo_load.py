@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_layouts import published_names
 from PIL import Image
 from published_files import write_published
 
-from biomedclip.models.catalog import list_names
 from biomedclip.models.load import load
 from biomedclip.models.zoo import read_model
 
@@ -44,7 +44,7 @@ def check(name: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", list_names())
+@pytest.mark.parametrize("name", published_names())
 def test_every_model_loads_whole_from_its_published_files(name, tmp_path):
     try:
         check(name, tmp_path)

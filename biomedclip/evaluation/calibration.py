@@ -8,6 +8,7 @@ named: the model's logit scale, or divided by a temperature that `fit_temperatur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,13 +99,19 @@ def fit_temperature(y: ArrayLike, logits: ArrayLike) -> float:
     would have T towards 0, and a useless model T towards infinity: then the end of that range comes back. Raises
     ValueError without samples.
     """
+    return fit_shared_temperature([(y, logits)])
+
+
+def fit_shared_temperature(sets: Sequence[tuple[ArrayLike, ArrayLike]]) -> float:
+    """One T for several sets of (y, logits), of whatever numbers of classes: the mean of their likelihoods decides, so
+    that a large set counts no more than a small one. See `fit_temperature`."""
     from scipy.optimize import minimize_scalar
 
-    wide = np.asarray(logits, dtype=np.float64)
-    if not len(wide):
+    wide = [(y, np.asarray(logits, dtype=np.float64)) for y, logits in sets]
+    if not wide or not all(len(logits) for _, logits in wide):
         raise ValueError("a temperature needs samples")
     found = minimize_scalar(
-        lambda log_t: negative_log_likelihood(y, wide / np.exp(log_t)),
+        lambda log_t: np.mean([negative_log_likelihood(y, logits / np.exp(log_t)) for y, logits in wide]),
         bounds=(np.log(1e-4), np.log(1e4)), method="bounded", options={"xatol": 1e-8},
     )  # fmt: skip
     return float(np.exp(found.x))

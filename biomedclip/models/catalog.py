@@ -33,6 +33,11 @@ def zoo_folder() -> Path:
     return Path(str(resources.files("biomedclip.models"))) / "zoo"
 
 
+def bundled_folder(folder: str) -> Path:
+    """Folder of weights that lie inside of this package, by the name that `source.folder` gives."""
+    return Path(str(resources.files("biomedclip.models"))) / folder
+
+
 def list_names() -> list[str]:
     """Names of all released models, sorted."""
     return sorted(path.stem for path in zoo_folder().glob("*.yaml"))
@@ -46,10 +51,11 @@ def plain_facts(name: str) -> dict[str, Any]:
 
 
 def describe_access(source: dict[str, Any]) -> str:
-    """How one gets the files: `open`, `gated` (accept terms), or `by hand` (no address a program can read)."""
+    """How one gets the files: `bundled` (they are here), `open`, `gated` (accept terms), or `by hand` (no address a
+    program can read)."""
     if source.get("gated"):
         return "gated"
-    return "by hand" if source["kind"] == "manual" else "open"
+    return {"manual": "by hand", "bundled": "bundled"}.get(source["kind"], "open")
 
 
 def models_table(domain: str | None = None) -> str:
@@ -65,7 +71,9 @@ def models_table(domain: str | None = None) -> str:
         known = sorted({entry for name in list_names() for entry in plain_facts(name)["domains"]})
         return f"no model for '{domain}'; domains: {', '.join(known)}"
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"released models ({len(rows)}); load(NAME) downloads on first use; licence as their publishers state it"]
+    lines = [
+        f"released models ({len(rows)}); load(NAME) downloads what is not bundled; licence as their publishers state it"
+    ]
     for row in rows:
         lines.append("  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
     if domain is None:

@@ -29,18 +29,19 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 def export_open_clip(
     model: nn.Module, folder: str | Path, *, model_cfg: Mapping[str, Any], metadata: Mapping[str, str] | None = None,
-    state: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None, half: bool = False,
 ) -> Path:  # fmt: skip
     """Write the model to `folder` in open_clip's format and return the folder.
 
     `model_cfg` is open_clip's model config (the content of an architecture JSON); the preprocessing is taken from
     `model.visual.preprocess_cfg`, where open_clip keeps it. `metadata` goes into the header of the weights file.
-    `state` are the weights where the model's own are shared over processes. Raises CheckpointError where the model
-    holds values that are not finite.
+    `state` are the weights where the model's own are shared over processes. `half` stores matrices and kernels in half
+    precision: half the bytes, read back as float32. Raises CheckpointError where the model holds values that are not
+    finite, or that half precision cannot hold.
     """
     folder = Path(folder)
     config = {"model_cfg": deepcopy(dict(model_cfg)), "preprocess_cfg": preprocess_config(model)}
-    packed = _pack(state or model.state_dict(), folder, metadata)
+    packed = _pack(state or model.state_dict(), folder, metadata, half=half)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     write_bytes(folder / WEIGHTS_FILE, packed)
     write_companions(model, folder)
@@ -48,10 +49,10 @@ def export_open_clip(
     return folder
 
 
-def export_released(model: nn.Module, parts: Parts, folder: str | Path) -> Path:
+def export_released(model: nn.Module, parts: Parts, folder: str | Path, *, half: bool = False) -> Path:
     """Write a loaded model with its facts to `folder`, in open_clip's format where open_clip has words for it.
 
-    Raises CheckpointError where the model holds values that are not finite.
+    `half` and what it raises are those of `export_open_clip`.
     """
     folder = Path(folder)
     # Of what the folder held before, nothing may say what the new weights are.
@@ -59,10 +60,10 @@ def export_released(model: nn.Module, parts: Parts, folder: str | Path) -> Path:
         (folder / name).unlink(missing_ok=True)
     weights = WEIGHTS_FILE
     if parts.architecture.builder == "open_clip" and open_clip_config(parts.transform) is not None:
-        export_open_clip(model, folder, model_cfg=model_config(parts.architecture))
+        export_open_clip(model, folder, model_cfg=model_config(parts.architecture), half=half)
     else:
         weights = "model.safetensors"
-        write_bytes(folder / weights, _pack(model.state_dict(), folder, None))
+        write_bytes(folder / weights, _pack(model.state_dict(), folder, None, half=half))
         write_companions(model, folder)
     if parts.facts is not None:
         files = [File(paths=(weights,)), *(File(paths=(name,), role="tokenizer") for name in parts.companions)]
@@ -88,19 +89,29 @@ def write_companions(model: nn.Module, folder: Path) -> None:
         write_json(folder / TEXT_CONFIG_FILE, attached.text_config)
 
 
-def _pack(state: Mapping[str, Any], folder: Path, metadata: Mapping[str, str] | None) -> bytes:
+def _pack(state: Mapping[str, Any], folder: Path, metadata: Mapping[str, str] | None, *, half: bool) -> bytes:
     """The bytes of a safetensors file. Raises CheckpointError for NaN and infinity."""
     import torch
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    _check_finite(tensors, folder, "NaN or infinity", "go back to the last good checkpoint and lower the learning rate")
+    if half:
+        # Vectors stay: norms, their running variances and the logit scale are few bytes, and small ones would be lost.
+        tensors = {
+            name: tensor.to(torch.float16) if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
+            for name, tensor in tensors.items()
+        }
+        _check_finite(tensors, folder, "values beyond half precision", "export it without --half")
+    return save(tensors, metadata={"format": "pt", **(metadata or {})})
+
+
+def _check_finite(tensors: Mapping[str, Any], folder: Path, what: str, todo: str) -> None:
+    import torch
+
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise CheckpointError(
-            folder, f"{len(broken)} tensors hold NaN or infinity", found=broken[0],
-            todo="go back to the last good checkpoint and lower the learning rate",
-        )  # fmt: skip
-    return save(tensors, metadata={"format": "pt", **(metadata or {})})
+        raise CheckpointError(folder, f"{len(broken)} tensors hold {what}", found=broken[0], todo=todo)
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:

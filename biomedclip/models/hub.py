@@ -1,4 +1,4 @@
-"""A file of a released model as a path on this disk: from the Hub's cache, the Hub, a web site, or the user.
+"""A file of a released model as a path on this disk: from this package, the Hub's cache, the Hub, a web site, the user.
 
 Reads the facts of a model and its files; yields paths and, for what is pinned, the proof that they hold the published
 bytes. Downloads go through `huggingface_hub` (its cache, its token, `HF_ENDPOINT`) or, for plain addresses, into a
@@ -22,6 +22,7 @@ from typing import Any
 
 from biomedclip.errors import CheckpointError
 from biomedclip.files import explain_full_disk, sha256_file, write_atomic, write_json
+from biomedclip.models.catalog import bundled_folder
 from biomedclip.models.zoo import File, ReleasedModel
 
 
@@ -42,6 +43,8 @@ def fetch(
     `revision` is another one than the facts name; hashes then do not apply. Raises CheckpointError where the file
     cannot be had, or is not the published one.
     """
+    if model.source.kind == "bundled" and not file.repo:
+        return _find_bundled(model, file, revision)
     if model.source.kind == "manual" and not file.repo:
         todo = f"download it from {model.source.page} and give load('{model.name}', checkpoint=PATH)"
         if model.source.terms:
@@ -59,14 +62,14 @@ def fetch(
     return path
 
 
-def check_file(path: Path, file: File, where: str) -> None:
+def check_file(path: Path, file: File, where: str, *, again: str = "delete it and download it again") -> None:
     """Raise CheckpointError where a file is not the pinned one, by size first and then by sha256 or md5."""
     size = path.stat().st_size
     pinned_name = path.name == Path(file.paths[0]).name or len(file.paths) == 1
     if file.size is not None and pinned_name and size != file.size:
         raise CheckpointError(
             path, f"is not the published file of {where}: {file.size:,} bytes are expected", found=f"{size:,} bytes",
-            todo="delete it and download it again" if size < file.size else "check its revision",
+            todo=again if size < file.size else "check its revision",
         )  # fmt: skip
     if not pinned_name:
         return
@@ -75,7 +78,7 @@ def check_file(path: Path, file: File, where: str) -> None:
         if found != wanted:
             raise CheckpointError(
                 path, f"is not the published file of {where}: {algorithm} {wanted} is expected", found=found,
-                todo="delete it and download it again; if it is meant, name it: checkpoint=PATH",
+                todo=f"{again}; if it is meant, name it: checkpoint=PATH",
             )  # fmt: skip
 
 
@@ -205,6 +208,20 @@ def _is_offline() -> bool:
 def _total_size(headers: Any, have: int) -> int | None:
     length = headers.get("content-length")
     return None if length is None else have + int(length)
+
+
+def _find_bundled(model: ReleasedModel, file: File, revision: str | None) -> Path | None:
+    again = "install biomedclip again"
+    if revision is not None:
+        raise CheckpointError(model.name, "comes with the package and has no revisions", found=revision,
+                              todo="leave revision out")  # fmt: skip
+    path = bundled_folder(model.source.folder or "") / file.paths[0]
+    if not path.is_file():
+        if file.optional:
+            return None
+        raise CheckpointError(model.name, f"this installation lacks {file.paths[0]}", found=path.parent, todo=again)
+    check_file(path, file, model.name, again=again)
+    return path
 
 
 def _fetch_hub(model: ReleasedModel, file: File, revision: str | None, local_files_only: bool) -> Path | None:

@@ -114,10 +114,13 @@ class File(Config):
 class Source(Config):
     """Where a model is published."""
 
-    kind: Literal["hub", "hub-dataset", "url", "manual"]
-    """`manual`: behind a page that a program cannot download from; the user brings the file."""
+    kind: Literal["hub", "hub-dataset", "url", "manual", "bundled"]
+    """`manual`: behind a page that a program cannot download from; the user brings the file. `bundled`: inside of this
+    package; its card is written from the results that lie beside the weights."""
     repo: str | None = None
     revision: str | None = None
+    folder: str | None = None
+    """bundled: the folder of `biomedclip/models/` that holds the files."""
     page: str | None = None
     """The web page a person goes to."""
     gated: bool = False
@@ -348,6 +351,8 @@ class ReleasedModel(Config):
             raise ValueError("no file has the role weights")
         if self.source.kind.startswith("hub") and not self.source.repo:
             raise ValueError("source.repo is missing")
+        if (self.source.kind == "bundled") != (self.source.folder is not None):
+            raise ValueError("source.folder belongs to what is bundled, and to nothing else")
         if self.tokenizer.kind == "wordpiece" and not self.files_of("tokenizer"):
             raise ValueError("a wordpiece tokenizer needs a file vocab.txt with role tokenizer")
         return self
