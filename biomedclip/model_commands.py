@@ -7,12 +7,15 @@ As thin as `cli.py`: every command imports its work inside the function and prin
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from biomedclip.models.training_record import TrainingRecord
+
 models_app = typer.Typer(
-    help="Released models and architectures: list, info, pull, verify, convert, export, card.",
+    help="Released models and architectures: list, info, pull, verify, convert, export, calibrate, card.",
     epilog="Example: biomedclip models",
     invoke_without_command=True,
 )
@@ -119,9 +122,13 @@ def models_export(
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="The model's file, where it is here.")] = None,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Also upload it to this Hub id.")] = None,
     private: Annotated[bool, typer.Option("--private", help="The repository is private.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store matrices in half precision; they load as float32.")
+    ] = False,
     trust_pickle: TrustOption = False,
 ) -> None:
     """Write a model as open_clip or transformers read it, and optionally push it to the Hub."""
+    from biomedclip.errors import ConfigError
     from biomedclip.models.export import export_released
     from biomedclip.models.load import load_parts
     from biomedclip.models.push import check_may_push, push_folder
@@ -131,27 +138,98 @@ def models_export(
     parts, (model, _, _) = load_parts(source, trust_pickle=trust_pickle, **options)
     if push:
         check_may_push(parts, private=private)
-    write = export_transformers if form == "transformers" else export_released
-    typer.echo(f"{write(model, parts, out)}: {form} format")
+    if form == "transformers":
+        if half:
+            raise ConfigError("--half", "goes with open_clip's format", todo="leave it out, or --format open_clip")
+        export_transformers(model, parts, out)
+    else:
+        export_released(model, parts, out, half=half)
+    typer.echo(f"{out}: {form} format")
     if push:
         typer.echo(push_folder(out, push, private=private))
 
 
+@models_app.command(
+    "calibrate", epilog="Example: biomedclip models calibrate runs/demo --task bccd=data/bccd --data shards/bccd"
+)
+def models_calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Whatever `biomedclip.load` takes.")],
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME=FOLDER", help="A classification task and its data.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="A dataset folder of a training domain; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write, by default that of the weights.")
+    ] = None,
+    accuracy: Annotated[
+        float, typer.Option("--accuracy", min=0.5, max=1, help="Share of right answers among the sure ones.")
+    ] = 0.98,
+    quantile: Annotated[
+        float, typer.Option("--quantile", min=0.5, max=0.9999, help="Share of validation images inside of the scope.")
+    ] = 0.99,
+) -> None:
+    """Fit temperature, uncertainty threshold and scope on validation splits; test splits are never read."""
+    from biomedclip.errors import CheckpointError, ConfigError
+    from biomedclip.evaluation.fit_calibration import FitOptions, describe_fit, fit_calibration
+    from biomedclip.models.load import load
+    from biomedclip.progress import terminal
+
+    given = dict(entry.partition("=")[::2] for entry in tasks or ())
+    for name, folder in given.items():
+        if not folder:
+            raise ConfigError(f"--task {name}", "does not say where its data lies", todo=f"--task {name}=FOLDER")
+    loaded = load(model)
+    report: Any = loaded[0].load_report
+    hashes = report.hashes()
+    if len(hashes) != 1:
+        raise CheckpointError(model, "is not one file of weights, which a calibration is for", found=len(hashes),
+                              todo="export it first: biomedclip models export")  # fmt: skip
+    weights = Path(next(iter(hashes)))
+    found = fit_calibration(
+        loaded, out or weights.parent, tasks=given, data=data or (), weights_sha256=hashes[str(weights)],
+        progress=terminal, options=FitOptions(accuracy=accuracy, quantile=quantile),
+    )  # fmt: skip
+    typer.echo(describe_fit(found))
+
+
 @models_app.command("card", epilog="Example: biomedclip models card runs/demo --notes notes.yaml --results results")
 def models_card(
-    target: Annotated[str, typer.Argument(metavar="NAME|RUN", help="A model of the zoo, or a run folder.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write instead of stdout.")] = None,
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|RUN|JSON", help="A model of the zoo, a run folder, or a record of one.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write; of a run, .json writes its record.")
+    ] = None,
     notes: Annotated[
         Path | None, typer.Option("--notes", help="Of a run: YAML with intended_use, limitations, …")
     ] = None,
     results: Annotated[
         Path | None, typer.Option("--results", help="Of a run: folder of `biomedclip evaluate`.")
     ] = None,
+    before: Annotated[
+        Path | None, typer.Option("--before", help="Of a run: results of the weights it started from.")
+    ] = None,
+    scored: Annotated[
+        str | None, typer.Option("--model", help="Of a run: the copy of its weights that was scored, if not its own.")
+    ] = None,
 ) -> None:
     """Write a model's card; of a run only where nothing is missing: notes, data licences, results with intervals."""
-    from biomedclip.files import write_text
+    from biomedclip.files import write_json, write_text
+    from biomedclip.models.own_cards import record_card
+    from biomedclip.models.training_record import read_record
 
-    text = _write_run_card(Path(target), notes, results) if Path(target).is_dir() else _write_zoo_card(target)
+    if Path(target).is_dir():
+        record = _collect_record(Path(target), notes, results, before, scored)
+        if out is not None and out.suffix == ".json":
+            write_json(out, record.model_dump(mode="json"))
+            return typer.echo(str(out))
+        text = record_card(record)
+    elif target.endswith(".json"):
+        text = record_card(read_record(target))
+    else:
+        text = _write_zoo_card(target)
     if out is None:
         return typer.echo(text, nl=False)
     write_text(out, text)
@@ -165,12 +243,16 @@ def _write_zoo_card(name: str) -> str:
     return released_card(require_model(name))
 
 
-def _write_run_card(run: Path, notes: Path | None, results: Path | None) -> str:
+def _collect_record(
+    run: Path, notes: Path | None, results: Path | None, before: Path | None, scored: str | None
+) -> TrainingRecord:
     from biomedclip.config import load_config
     from biomedclip.errors import ConfigError
     from biomedclip.evaluation.embed import fingerprint
-    from biomedclip.models.cards import CardNotes, read_records, run_card
+    from biomedclip.models.collect_record import check_copy, collect_record, describe_weights, find_start, read_records
+    from biomedclip.models.export import WEIGHTS_FILE
     from biomedclip.models.load import load
+    from biomedclip.models.training_record import CardNotes
 
     if notes is None:
         keys = ", ".join(CardNotes.model_fields)
@@ -180,11 +262,18 @@ def _write_run_card(run: Path, notes: Path | None, results: Path | None) -> str:
     known = load_config(notes, CardNotes)
     if results is None:
         raise ConfigError("--results", "is missing: a card has numbers only from result files",
-                          todo=f"run: biomedclip evaluate CONFIG --out results --set model={run}")  # fmt: skip
-    model, preprocess, tokenizer = load(run)
+                          todo=f"run: biomedclip evaluate CONFIG -o results --set model={scored or run}")  # fmt: skip
+    model, preprocess, tokenizer = load(scored or run)
     report: Any = model.load_report
-    return run_card(
-        run, known, read_records(results), fingerprint=fingerprint(model),
-        weights_sha256=next(iter(report.hashes().values())), preprocess=str(preprocess),
-        context=tokenizer.context_length,  # type: ignore[attr-defined]
+    file = Path(next(iter(report.hashes())))
+    if scored is not None:
+        check_copy(run / "final" / WEIGHTS_FILE, file)
+    weights = describe_weights(
+        file, fingerprint=fingerprint(model), parameters=sum(p.numel() for p in model.parameters()),
+        preprocess=str(preprocess), context=tokenizer.context_length,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    first = None if before is None else fingerprint(load(find_start(run))[0])
+    return collect_record(
+        run, known, read_records(results), weights=weights, start_fingerprint=first,
+        before=None if before is None else read_records(before), name=scored,
     )  # fmt: skip

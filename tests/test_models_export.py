@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from biomedclip import cli
 from biomedclip.errors import CheckpointError, ConfigError
 from biomedclip.models.build import assemble, build_architecture
-from biomedclip.models.cards import CardNotes, released_card, run_card
+from biomedclip.models.cards import released_card
 from biomedclip.models.catalog import list_names
 from biomedclip.models.export import export_released
 from biomedclip.models.load import load, load_parts, released_parts
@@ -273,86 +273,6 @@ def test_the_table_of_models_is_current():
     assert text == models_page(text), "run: .venv/bin/python tests/tables.py"
     for model in read_zoo():
         assert f"[{model.name}](../model_cards/{model.name}.md)" in text
-
-
-NOTES = CardNotes(
-    title="Demo CLIP", summary="A small CLIP.", licence="apache-2.0", intended_use="Research.", out_of_scope="Care.",
-    training_data="Figures of PubMed Central.", consent="Published figures; none sought.",
-    population="English articles.",
-    limitations=("Small.",), contact="issues of the repository",
-)  # fmt: skip
-
-
-def finished_run(tmp_path, licences=True):
-    run = tmp_path / "run"
-    write_tiny_model(run / "final")
-    (tmp_path / "shards").mkdir()
-    manifest = {"samples": 12, **({"licences": {"CC BY": 10, "CC0": 2}} if licences else {})}
-    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
-    config = {"model": {"name": "biomedclip-demo", "init": "random"},
-              "data": {"sources": [{"name": "pmc", "path": str(tmp_path / "shards")}]}}  # fmt: skip
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "run.json").write_text(json.dumps({"seed": 3, "git_commit": None, "kind": "train"}))
-    (run / "done.json").write_text(json.dumps({"kind": "train", "steps": 40}))
-    return run
-
-
-def record(fingerprint, **metric):
-    return {"task": "demo", "title": "Demo task", "primary": "accuracy", "model": {"fingerprint": fingerprint},
-            "dataset": {"split": "test", "n": 50, "manifest_sha256": "ab"}, "schema": 1,
-            "metrics": {"accuracy": {"value": 0.625, "ci_low": 0.5, "ci_high": 0.75, "ci_method": "bootstrap", "n": 50,
-                                     **metric}}}  # fmt: skip
-
-
-def card(run, records):
-    return run_card(run, NOTES, records, fingerprint="sha256:f", weights_sha256="w", preprocess="p", context=16)
-
-
-def test_a_run_s_card_has_numbers_from_result_files_only(tmp_path):
-    text = card(finished_run(tmp_path), [record("sha256:f"), record("sha256:other", value=0.99)])
-    assert "| Demo task | test | accuracy | 0.625 | 0.5 to 0.75 (bootstrap) | 50 |" in text
-    assert "0.99" not in text
-    assert "| pmc | 12 | CC BY: 10, CC0: 2 |" in text
-    assert "Subgroups: not measured." in text
-    front = yaml.safe_load(text.split("---\n")[1])
-    assert front["model-index"][0]["results"][0]["metrics"] == [
-        {"type": "accuracy", "value": 0.625, "name": "accuracy"}
-    ]
-    from huggingface_hub import ModelCard
-
-    assert ModelCard(text).data.eval_results[0].metric_value == 0.625
-
-
-@pytest.mark.parametrize(
-    ("records", "licences", "message"),
-    [
-        ([], True, r"no result of these weights \(sha256:f…\): evaluate the run"),
-        ([record("sha256:other")], True, "there are results of sha256:other"),
-        ([record("sha256:f", n=None)], True, "demo: accuracy has no n or interval"),
-        ([record("sha256:f")], False, "source pmc: no manifest with licences"),
-    ],
-)
-def test_a_card_with_a_hole_is_not_written(tmp_path, records, licences, message):
-    with pytest.raises(ConfigError, match=message):
-        card(finished_run(tmp_path, licences), records)
-
-
-def test_the_card_command_reads_the_run_and_says_what_it_lacks(tmp_path):
-    run = finished_run(tmp_path)
-    arguments = ["models", "card", str(run)]
-    done = CliRunner().invoke(cli.app, arguments)
-    assert "with the keys title, summary, licence, intended_use" in str(done.exception)
-    notes = tmp_path / "notes.yaml"
-    notes.write_text(yaml.safe_dump(NOTES.model_dump(mode="json")))
-    from biomedclip.evaluation.embed import fingerprint
-
-    results = tmp_path / "results"
-    (results / "results" / "m").mkdir(parents=True)
-    (results / "results" / "m" / "demo.json").write_text(json.dumps(record(fingerprint(load(run)[0]))))
-    arguments += ["--notes", str(notes), "--results", str(results), "--out", str(tmp_path / "card.md")]
-    done = CliRunner().invoke(cli.app, arguments)
-    assert done.exit_code == 0, done.exception
-    assert "0.625" in (tmp_path / "card.md").read_text()
 
 
 def test_a_model_of_open_clip_without_weights_is_not_exported():

@@ -1,56 +1,33 @@
-"""Model cards: of every released model from its facts, and of models trained here from their run and results.
+"""The cards of released models, from their facts: the zoo's YAML file as a page that a person reads.
 
-A card of a released model is the zoo's YAML file as a page a person reads, with the publisher's numbers marked as
-theirs. A card of a run takes what it says from files: the run's config and facts, the manifests of its data, the result
-JSON files of `biomedclip evaluate` for exactly these weights; what no file can know (intended use, limits, consent,
-contact) comes from a short YAML. A card with a hole is not written: the error lists every hole at once.
+Numbers are the publisher's and marked as theirs. A model that comes with this package was trained here: its card is
+written from the record beside its weights (`own_cards.py`), with numbers measured here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
 
-from biomedclip.config import Config
-from biomedclip.errors import ConfigError, DataError
-from biomedclip.models.catalog import describe_access
+from biomedclip.errors import CheckpointError
+from biomedclip.models.catalog import bundled_folder, describe_access
 from biomedclip.models.zoo import ReleasedModel, Step
 
 NOT_FOR_CARE = "It is not a medical device: no diagnosis, no triage, no decision about a patient."
 
 
-class CardNotes(Config):
-    """What only the people who trained a model know; the YAML of `biomedclip models card RUN --notes`."""
-
-    title: str
-    summary: str
-    licence: str
-    """Id as on the Hub, such as `apache-2.0` or `cc-by-nc-4.0`."""
-    intended_use: str
-    out_of_scope: str
-    training_data: str
-    """What the data are, in words; licences and counts come from the manifests."""
-    consent: str
-    """Consent and de-identification of the data."""
-    population: str
-    """Whom and what the data cover: countries, ages, modalities, languages."""
-    limitations: tuple[str, ...] = Field(min_length=1)
-    subgroups: str = "not measured"
-    contact: str
-    repo: str | None = None
-    """Where it will be published, for the example."""
-
-
 def released_card(model: ReleasedModel) -> str:
-    """The card of a released model, Markdown with front matter."""
+    """The card of a released model, Markdown with front matter.
+
+    Raises DataError where a bundled one has no record beside its weights, CheckpointError where that contradicts it.
+    """
+    if model.source.kind == "bundled":
+        return _bundled_card(model)
     sections = [
-        _front_matter(_released_metadata(model)), f"# {model.title}\n\n{model.summary}.\n",
-        _note(model), "## Use\n\n" + _list([
+        front_matter(_released_metadata(model)), f"# {model.title}\n\n{model.summary}.\n",
+        _note(model), "## Use\n\n" + bullets([
             f"Intended: {model.intended_use}", f"Out of scope: anything but research. {NOT_FOR_CARE}",
         ]),
         f"```python\nimport biomedclip\n\nmodel, preprocess, tokenizer = biomedclip.load(\"{model.name}\""
@@ -59,60 +36,27 @@ def released_card(model: ReleasedModel) -> str:
         "## Model\n\n" + _model_lines(model),
         "## Training data\n\n" + model.training_data + "\n",
         "## Evaluation\n\n" + _reported(model),
-        "## Limits\n\n" + _list([*model.limits, "Subgroup results: not measured here"]),
+        "## Limits\n\n" + bullets([*model.limits, "Subgroup results: not measured here"]),
         "## What was checked here\n\n" + _checked(model),
         "## Citation\n\n" + _citation(model),
     ]  # fmt: skip
     return "\n".join(sections)
 
 
-def run_card(
-    run: str | Path, notes: CardNotes, results: Sequence[Mapping[str, Any]], *, fingerprint: str,
-    weights_sha256: str, preprocess: str, context: int,
-) -> str:  # fmt: skip
-    """The card of a run's final model. `results` are records of `biomedclip evaluate`.
+def _bundled_card(model: ReleasedModel) -> str:
+    from biomedclip.models.calibration import read_calibration
+    from biomedclip.models.own_cards import record_card
+    from biomedclip.models.training_record import RECORD_FILE, read_record
 
-    Raises ConfigError listing all holes: data without a manifest, no result for these weights, values without n or
-    interval.
-    """
-    run = Path(run)
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    facts = json.loads((run / "run.json").read_bytes())
-    done = json.loads((run / "done.json").read_bytes()) if (run / "done.json").exists() else None
-    own = [record for record in results if record["model"]["fingerprint"] == fingerprint]
-    data, holes = _training_sources(config)
-    if done is None:
-        holes.append(f"{run}: the run is not finished")
-    if not own:
-        others = {record["model"]["fingerprint"][:17] for record in results}
-        holes.append(f"no result of these weights ({fingerprint[:17]}…): evaluate the run"
-                     + (f"; there are results of {', '.join(sorted(others))}" if others else ""))  # fmt: skip
-    rows = [row for record in own for row in _result_rows(record, holes)]
-    if holes or done is None:
-        raise ConfigError(run, "a card would have holes", found="; ".join(holes), todo="fill them and write it again")
-    start = f"{config['model']['name']} ({config['model']['init']})"
-    sections = [
-        _front_matter(_run_metadata(notes, config, own)), f"# {notes.title}\n\n{notes.summary}\n",
-        "## Use\n\n" + _list([
-            f"Intended: {notes.intended_use}", f"Out of scope: {notes.out_of_scope} {NOT_FOR_CARE}",
-        ]),
-        "```python\nimport biomedclip\n\n"
-        f"model, preprocess, tokenizer = biomedclip.load({json.dumps(notes.repo or str(run))})\n```\n",
-        "## Model\n\n" + _list([
-            f"Starts from: {start}", f"Images: `{preprocess}`", f"Text: {context} tokens",
-            f"Weights: `final/open_clip_model.safetensors`, sha256 `{weights_sha256}`", f"Fingerprint: `{fingerprint}`",
-        ]),
-        "## Training\n\n" + _list([
-            notes.training_data, f"Population: {notes.population}", f"Consent and de-identification: {notes.consent}",
-            f"{done['steps']:,} steps; config in `config.yaml`, seed {facts['seed']}, commit"
-            f" {facts['git_commit'] or 'of an installed package'}",
-        ]) + "\n" + _table(("source", "samples", "licences"), data),
-        "## Evaluation\n\n" + _table(("task", "split", "metric", "value", "interval", "n"), rows)
-        + "\nPrompts, manifest hashes and versions are in the result files. Subgroups: " + notes.subgroups + ".\n",
-        "## Limits\n\n" + _list(notes.limitations),
-        f"## Contact\n\n{notes.contact}\n",
-    ]  # fmt: skip
-    return "\n".join(sections)
+    path = bundled_folder(model.source.folder or "") / RECORD_FILE
+    record = read_record(path)
+    pinned = {file.sha256 for file in model.files_of("weights")}
+    if pinned != {record.weights.sha256} or record.notes.licence != model.licence.id:
+        raise CheckpointError(
+            path, f"is of other weights, or another licence, than {model.name}.yaml says",
+            found=f"{record.weights.sha256}, {record.notes.licence}", todo="collect it again",
+        )  # fmt: skip
+    return record_card(record, calibration=read_calibration(model.name))
 
 
 def describe_steps(steps: Sequence[Step]) -> str:
@@ -156,7 +100,7 @@ def _source_lines(model: ReleasedModel) -> str:
     licence = model.licence.name or model.licence.id
     lines.append(f"Licence: {licence} ({model.licence.evidence}); commercial use {_said(model.licence.commercial)},"
                  f" redistribution {_said(model.licence.redistribution)}")  # fmt: skip
-    return _list(lines)
+    return bullets(lines)
 
 
 def _said(value: bool | None) -> str:
@@ -177,14 +121,14 @@ def _model_lines(model: ReleasedModel) -> str:
         lines.append(f"Doubt about the activation: {model.architecture.quick_gelu_doubt}")
     if tokenizer.exception:
         lines.append(f"Padding: {tokenizer.exception}")
-    return _list(lines)
+    return bullets(lines)
 
 
 def _reported(model: ReleasedModel) -> str:
     if not model.reported:
         return "No number of the authors is quoted here. Nothing was measured here.\n"
     rows = [(entry.task, entry.metric, f"{entry.value:g}", entry.source) for entry in model.reported]
-    return "Reported in the sources named, not measured here:\n\n" + _table(("task", "metric", "value", "source"), rows)
+    return "Reported in the sources named, not measured here:\n\n" + table(("task", "metric", "value", "source"), rows)
 
 
 def _checked(model: ReleasedModel) -> str:
@@ -194,7 +138,7 @@ def _checked(model: ReleasedModel) -> str:
         f" of {model.compared_with}.",
         "weights-tested": f"The published weights were loaded and compared with {model.compared_with}.",
     }
-    return words[model.status] + "\n\nNot verified:\n\n" + _list(model.unverified)
+    return words[model.status] + "\n\nNot verified:\n\n" + bullets(model.unverified)
 
 
 def _citation(model: ReleasedModel) -> str:
@@ -208,75 +152,18 @@ def _citation(model: ReleasedModel) -> str:
     return ". ".join(part for part in parts if part) + "\n"
 
 
-def _training_sources(config: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], list[str]]:
-    rows, holes = [], []
-    for source in config["data"]["sources"]:
-        path = Path(source.get("path") or "") / "manifest.json"
-        try:
-            manifest = json.loads(path.read_bytes())
-            licences = ", ".join(f"{name}: {count:,}" for name, count in manifest["licences"].items())
-            rows.append((source["name"], f"{manifest['samples']:,}", licences))
-        except (OSError, ValueError, KeyError):
-            holes.append(f"source {source['name']}: no manifest with licences at {path}")
-    return rows, holes
-
-
-def _result_rows(record: Mapping[str, Any], holes: list[str]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for metric, value in record["metrics"].items():
-        if any(value.get(part) is None for part in ("value", "ci_low", "ci_high", "n")):
-            if metric == record.get("primary"):
-                holes.append(f"{record['task']}: {metric} has no n or interval")
-            continue
-        interval = f"{value['ci_low']:.4g} to {value['ci_high']:.4g} ({value.get('ci_method', 'interval')})"
-        split = str(record["dataset"]["split"])
-        rows.append((str(record["title"]), split, metric, f"{value['value']:.4g}", interval, f"{value['n']:,}"))
-    if not rows:
-        holes.append(f"{record['task']}: no metric has both n and interval")
-    return rows
-
-
-def _run_metadata(notes: CardNotes, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    results = []
-    for record in records:
-        primary = record["metrics"][record["primary"]]
-        results.append({
-            "task": {"type": "zero-shot-image-classification", "name": record["title"]},
-            "dataset": {"type": record["task"], "name": record["title"], "split": record["dataset"]["split"],
-                        "revision": record["dataset"]["manifest_sha256"]},
-            "metrics": [{"type": record["primary"], "value": primary["value"], "name": record["primary"]}],
-        })  # fmt: skip
-    said: dict[str, Any] = {
-        "library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification", "license": notes.licence,
-        "tags": ["clip", "biomedical"],
-    }  # fmt: skip
-    if config["model"]["init"] == "pretrained" and "/" in config["model"]["name"]:
-        said["base_model"] = config["model"]["name"].removeprefix("hf-hub:")
-    return {**said, "model-index": [{"name": notes.title, "results": results}]}
-
-
-def read_records(folder: str | Path) -> list[dict[str, Any]]:
-    """All result records under a folder of `biomedclip evaluate`. Raises DataError for a file that is none."""
-    records = []
-    for path in sorted(Path(folder).glob("results/*/*.json")):
-        try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-            record["model"]["fingerprint"], record["metrics"], record["task"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(path, "is no result file", found=repr(error)[:80], todo="evaluate again") from None
-        records.append(record)
-    return records
-
-
-def _front_matter(said: Mapping[str, Any]) -> str:
+def front_matter(said: Mapping[str, Any]) -> str:
+    """The YAML between two lines of dashes that the Hub reads."""
     return "---\n" + yaml.safe_dump(dict(said), sort_keys=False, allow_unicode=True, width=120) + "---\n"
 
 
-def _list(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
     return "".join(f"- {line}\n" for line in lines)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
     return "".join(f"| {line} |\n" for line in lines)
 
