@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_model import write_tiny_model
 
 import biomedclip
@@ -74,6 +75,20 @@ def test_random_weights_come_only_when_asked_for():
         load("biomedclip-demo")
     with pytest.raises(CheckpointError, match="name its weights: ViT-B-32/"):
         load("ViT-B-32")
+
+
+def test_an_architecture_takes_its_weights_from_a_file(tmp_path):
+    made, preprocess, _ = load("biomedclip-demo", random_init=True)
+    save_file({key: value.contiguous() for key, value in made.state_dict().items()}, tmp_path / "w.safetensors")
+    found, same, tokenizer = load("biomedclip-demo", checkpoint=tmp_path / "w.safetensors")
+    assert all(torch.equal(value, found.state_dict()[key]) for key, value in made.state_dict().items())
+    assert repr(same) == repr(preprocess)
+    outputs(found, same, tokenizer)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load("biomedclip-demo", checkpoint=tmp_path / "gone.pt")
+    save_file({"logit_scale": torch.ones(())}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="are missing"):
+        load("biomedclip-demo", checkpoint=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def load(
 
     `name` is a released model (`biomedclip models`), a Hub id, a run folder, checkpoint folder or export, an open_clip
     architecture with a tag (`ViT-B-32/openai`), or an architecture shipped here with `random_init=True`. `checkpoint`
-    is a file (or folder of files) of the named model that lies elsewhere; `revision` another commit of its repository
-    than the pinned one. `trust_pickle` opens a pickle that needs more than tensors, which runs the code in it.
+    is a file (or folder of files) of the named model that lies elsewhere, with which an architecture needs no tag;
+    `revision` another commit of its repository than the pinned one. `trust_pickle` opens a pickle that needs more than tensors, which runs the code in it.
     `preprocess` overrides mean, std, interpolation or resize_mode. Raises CheckpointError where the name is unknown, a
     file is missing, broken or not the published one, or weights do not fit.
     """
@@ -117,7 +117,7 @@ def find_parts(
             )  # fmt: skip
         parts.revision = revision
     else:
-        return _find_architecture(text, random_init=random_init)
+        return _find_architecture(text, random_init=random_init, checkpoint=checkpoint, preprocess=preprocess)
     if parts is None:
         raise CheckpointError(path, f"holds no {CONFIG_FILE}", todo="name a run folder or an export")
     return _with_checkpoint(parts, checkpoint) if checkpoint is not None else parts
@@ -276,8 +276,10 @@ def _is_hub_id(text: str) -> bool:
     return not difflib.get_close_matches(owner, _import_open_clip().list_models(), n=1, cutoff=0.8)
 
 
-def _find_architecture(text: str, *, random_init: bool) -> Parts | Origin:
-    """An architecture with a tag of open_clip, or one for random weights. Raises CheckpointError with the nearest."""
+def _find_architecture(
+    text: str, *, random_init: bool, checkpoint: str | Path | None, preprocess: Mapping[str, Any] | None
+) -> Parts | Origin:
+    """An architecture with a tag of open_clip, with a file of weights, or for random ones. Raises CheckpointError."""
     open_clip = _import_open_clip()
     register_architectures()
     architecture, _, tag = text.partition("/")
@@ -287,12 +289,39 @@ def _find_architecture(text: str, *, random_init: bool) -> Parts | Origin:
     if random_init:
         return Origin(name=architecture, pretrained=None, model_cfg=model_cfg)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if checkpoint is not None and (not tag or tag in tags):
+        return _architecture_parts(architecture, tag, model_cfg, Path(checkpoint), preprocess)
     if not tag:
         todo = f"name its weights: {architecture}/{tags[0]}" if tags else "ask for random weights: random_init=True"
         raise CheckpointError(text, "is an architecture, without weights", todo=todo)
     if tag not in tags:
         raise CheckpointError(text, f"has no weights '{tag}'", todo=_suggest(tag, tags))
     return Origin(name=architecture, pretrained=tag, model_cfg=model_cfg)
+
+
+def _architecture_parts(
+    architecture: str, tag: str, model_cfg: Mapping[str, Any], checkpoint: Path, preprocess: Mapping[str, Any] | None
+) -> Parts:
+    """An architecture of open_clip with weights that lie elsewhere; a tag says mean, std and activation of its kind."""
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg
+
+    open_clip = _import_open_clip()
+    if not checkpoint.is_file():
+        raise CheckpointError(checkpoint, "there is no such file", todo=f"check checkpoint= for {architecture}")
+    facts = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    config = dict(model_cfg)
+    quick = config.pop("quick_gelu", False) or facts.get("quick_gelu", False)
+    size = config.get("vision_cfg", {}).get("image_size", 224)
+    known = asdict(PreprocessCfg())
+    kept = {key: facts[key] for key in known if key in facts}
+    return Parts(
+        where=f"{architecture}/{tag}" if tag else architecture, weights=[WeightsFile(path=checkpoint)],
+        architecture=Architecture(activation="quick_gelu" if quick else "gelu", config=config),
+        transform=transform_from_open_clip({**known, "size": size, **kept, **(preprocess or {})}),
+        tokenise=open_clip.get_tokenizer(architecture),
+    )  # fmt: skip
 
 
 def _load_tag(
