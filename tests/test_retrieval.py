@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biomedclip.evaluation import metrics, retrieval
-from biomedclip.evaluation.retrieval import caption_ids, chance_recall, chance_reciprocal_rank, rank_candidates
+from biomedclip.evaluation.retrieval import (
+    caption_ids,
+    chance_recall,
+    chance_reciprocal_rank,
+    rank_candidates,
+    recall_all,
+)
 
 
 def unit(rng, *shape):
@@ -157,3 +163,34 @@ def test_no_candidates_and_no_queries_have_no_ranks():
     eye, none = np.eye(3, dtype=np.float32), np.zeros((0, 3), np.float32)
     assert np.isnan(rank_candidates(eye, none, np.arange(3), np.zeros(0)).ranks).all()
     assert rank_candidates(none, eye, np.zeros(0), np.arange(3)).ranks.shape == (0,)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_recall_of_all_positives_is_that_of_a_loop_and_at_most_that_of_any(n, kinds, seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, kinds, n)
+    pool = unit(rng, 4, 4)
+    queries, candidates = pool[rng.integers(0, 4, n)], pool[rng.integers(0, 4, n)]
+    found = recall_all(queries, candidates, ids, ids, ks=(1, 3))
+    for i, query in enumerate(queries):
+        scores = [np.float32(np.dot(query.astype(np.float64), c.astype(np.float64))) for c in candidates]
+        own = [j for j in range(n) if ids[j] == ids[i]]
+        ranks = [1 + sum(s > scores[j] for s in scores) + (sum(s == scores[j] for s in scores) - 1) / 2 for j in own]
+        assert found[i].tolist() == [np.mean([rank <= k for rank in ranks]) for k in (1, 3)]
+    if n == kinds == 1:
+        any_of = rank_candidates(queries, candidates, ids, ids).ranks
+        assert (found[:, 0] == (any_of <= 1)).all()
+
+
+def test_full_recall_in_a_case_counted_by_hand_and_any_recall_beside_it():
+    """Three right answers of four within the first three: any is 1, all is 2/3 at three and 1/3 at one."""
+    query = np.array([[1, 0]], dtype=np.float32)
+    angles = np.array([0.0, 0.1, 0.2, 0.3])
+    candidates = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    own = np.array([7, 1, 7, 7])
+    assert recall_all(query, candidates, [7], own, ks=(1, 3, 4))[0] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rank_candidates(query, candidates, [7], own).ranks[0] == 1
+    assert np.isnan(recall_all(query, candidates, [9], own)).all()
+    collapsed = np.repeat(candidates[:1], 4, axis=0)
+    assert recall_all(query, collapsed, [7], own, ks=(1, 2, 3))[0].tolist() == [0, 0, 1]  # all tie at rank 2.5

@@ -22,6 +22,13 @@ _OPPOSITES = (
     ("benign", "malignant"), ("hyperintense", "hypointense"), ("hyperechoic", "hypoechoic"),
     ("hyperdense", "hypodense"),
 )  # fmt: skip
+FINDINGS = (
+    "pneumothorax", "pleural effusion", "consolidation", "atelectasis", "cardiomegaly", "pulmonary edema", "pneumonia",
+    "fracture", "hemorrhage", "infarction", "abscess", "cyst", "aneurysm", "thrombosis", "stenosis", "lymphadenopathy",
+    "hydronephrosis", "adenocarcinoma", "squamous cell carcinoma", "melanoma", "lymphoma", "glioma", "meningioma",
+    "granuloma", "necrosis", "fibrosis", "calcification", "inflammation", "hematoma", "edema",
+)  # fmt: skip
+"""Findings that captions of figures name often and that seldom imply each other; a run may give its own."""
 _OTHER_SIDE = {a: b for pair in _OPPOSITES for a, b in (pair, pair[::-1])}
 _SIDE = re.compile(r"\b(" + "|".join(_OTHER_SIDE) + r")\b", re.IGNORECASE)
 _ABSENT = re.compile(

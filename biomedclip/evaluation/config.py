@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from biomedclip.config import Config
+from biomedclip.evaluation.composition import FINDINGS
 
 
 class BootstrapConfig(Config):
@@ -21,7 +22,8 @@ class BootstrapConfig(Config):
     level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
 
-AdapterName = Literal["linear_probe", "knn", "nearest_mean", "gda", "tip", "tip_f", "lp++"]
+AdapterName = Literal["linear_probe", "knn", "nearest_mean", "gda", "tip", "tip_f", "lp++", "caps", "coop", "upl"]
+FewShotName = Literal["linear_probe", "knn", "nearest_mean", "gda", "tip", "tip_f", "lp++", "coop"]
 
 
 class FewShotConfig(Config):
@@ -29,7 +31,7 @@ class FewShotConfig(Config):
 
     shots: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     seeds: Annotated[int, Field(ge=1)] = 5
-    methods: Annotated[tuple[AdapterName, ...], Field(min_length=1)] = ("linear_probe", "gda", "tip")
+    methods: Annotated[tuple[FewShotName, ...], Field(min_length=1)] = ("linear_probe", "gda", "tip")
 
 
 class OutsideConfig(Config):
@@ -37,12 +39,52 @@ class OutsideConfig(Config):
 
     near: tuple[str, ...] = ()
     far: tuple[str, ...] = ()
+    no_templates: tuple[str, ...] = ("an image without {}", "{} is not present in the image")
+    """What is said of an image that does not show a class (CLIPN's rules without its trained tower)."""
 
 
 class SensitivityConfig(Config):
     """Draws of one random prompt a class."""
 
     k: Annotated[int, Field(ge=2, le=10_000)] = 20
+
+
+class PromptLearningConfig(Config):
+    """CoOp (`coop`) and UPL's pseudo labels (`upl`): context vectors that start as words."""
+
+    context: str = "a photo of a"
+    epochs: Annotated[int, Field(ge=0)] = 50
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    per_class: Annotated[int, Field(ge=1)] = 16
+    """Images a class that are learnt from: drawn for `coop`, the most confident ones for `upl`."""
+
+
+class PerceptionConfig(Config):
+    """PerceptionCLIP: values of an attribute of how the images were made, such as stains or views."""
+
+    values: Annotated[tuple[str, ...], Field(min_length=2)]
+    join: str = "{prompt}, {value}"
+    """How a value is said with a class prompt."""
+    alone: str = "an image, {}"
+    """How a value is said without a class, where it is inferred from that (`pure`)."""
+    infer: Literal["class", "pure"] = "class"
+    temperature: Annotated[float, Field(gt=0)] = 5.0
+
+    def joined(self, prompt: str, value: str) -> str:
+        """A class prompt with the value, its full stop at the end."""
+        stem = prompt.removesuffix(".")
+        return self.join.replace("{prompt}", stem).replace("{value}", value) + ("." if stem != prompt else "")
+
+
+class WiseConfig(Config):
+    """The points between the model before training and the model of the run."""
+
+    start: str
+    """The model before training: whatever `biomedclip.load` takes."""
+    alphas: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)] = tuple(
+        k / 10 for k in range(11)
+    )
 
 
 class EvaluateConfig(Config):
@@ -79,13 +121,23 @@ class EvaluateConfig(Config):
     """Classifiers learnt on the training split of each task, chosen on its validation split or by folds."""
     few_shot: FewShotConfig | None = None
     ood: OutsideConfig | None = None
-    corruptions: bool = False
-    """Score corrupted copies of the scored images: every corruption at severities 1, 3 and 5."""
+    corruptions: bool | tuple[str, ...] = False
+    """Score corrupted copies of the scored images at severities 1, 3 and 5: all corruptions, or those named."""
     prompt_sensitivity: SensitivityConfig | None = None
     calibration: bool = False
     """Calibration of the model's own probabilities, and after a temperature fitted on the validation split."""
     composition: bool = False
     """Retrieval tasks: captions against foils with side, negation or finding changed."""
+    findings: tuple[str, ...] = FINDINGS
+    """Findings that stand in for each other in a foil."""
+    prior_correction: bool = False
+    """The model's fondness for classes, seen on unlabelled images of the selection split, taken out of its scores."""
+    perception: dict[str, PerceptionConfig] = Field(default_factory=dict)
+    """Task name -> attribute values that its prompts are conditioned on."""
+    prompt_learning: PromptLearningConfig = PromptLearningConfig()
+    wise: WiseConfig | None = None
+    backgrounds: dict[str, str] = Field(default_factory=dict)
+    """Task name -> attribute that names each image's background: accuracy of every class on every background."""
     subgroups: dict[str, str] = Field(default_factory=dict)
     """Task name -> attribute of its manifest by which the primary metric is shown apart."""
     allow_test_selection: bool = False

@@ -8,8 +8,9 @@ and thresholds, temperatures or prompt sets are never chosen by looking at it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomedclip.errors import ConfigError
-from biomedclip.evaluation.beyond import Scored, measure_beyond
+from biomedclip.evaluation.beyond import measure_beyond
 from biomedclip.evaluation.config import EvaluateConfig
 from biomedclip.evaluation.embed import ImageEmbeddings, choose_device, describe_preprocess, embed_images, embed_texts
 from biomedclip.evaluation.leakage import read_leakage
@@ -25,6 +26,7 @@ from biomedclip.evaluation.prompts import check_distinct, compile_prompts, list_
 from biomedclip.evaluation.record import choose_examples, describe_run
 from biomedclip.evaluation.reproduce import MODEL_TOLERANCE, judge, names_of
 from biomedclip.evaluation.results import TaskResult, write_result
+from biomedclip.evaluation.scored import Scored
 from biomedclip.evaluation.scores import RankScores, Scores, hash_scores, measure
 from biomedclip.evaluation.scoring import (
     Encoder,
@@ -73,14 +75,16 @@ def evaluate(
     for plan in plans:
         if plan.prompts:
             check_distinct(plan.prompts, encoder.tokenizer, f"task {plan.task.name}")
-    return [_run(plan, plans, encoder, config, out, progress or silent) for plan in plans]
+    start = cache(lambda: _start_weights(config))
+    return [_run(plan, plans, encoder, config, out, progress or silent, start) for plan in plans]
 
 
 def check_sections(config: EvaluateConfig) -> None:
     """Raise ConfigError for a section that names a task which the run does not have."""
     outside = (*config.ood.near, *config.ood.far) if config.ood else ()
     named = [("ood", outside), ("subgroups", config.subgroups), ("prompt_sets", config.prompt_sets),
-             ("leakage", config.leakage)]  # fmt: skip
+             ("leakage", config.leakage), ("backgrounds", config.backgrounds),
+             ("perception", config.perception)]  # fmt: skip
     for where, names in named:
         for name in names:
             if name not in config.tasks:
@@ -112,18 +116,31 @@ def _load(config: EvaluateConfig, model: tuple[Any, Any, Any] | None) -> Encoder
     return Encoder(config.model_name or config.model, net.to(device), preprocess, tokenizer, device)
 
 
+def _start_weights(config: EvaluateConfig) -> Mapping[str, Any]:
+    """Weights of the model that the one of the run was trained from."""
+    from biomedclip.models.load import load
+
+    if config.wise is None:
+        raise ConfigError("wise.start", "is missing", todo="name the model before training")
+    device = choose_device(config.device)
+    return load(config.wise.start)[0].to(device).state_dict()  # type: ignore[no-any-return]
+
+
 def _run(
-    plan: _Plan, plans: Sequence[_Plan], encoder: Encoder, config: EvaluateConfig, out: str | Path, progress: Progress
-) -> TaskResult:
+    plan: _Plan, plans: Sequence[_Plan], encoder: Encoder, config: EvaluateConfig, out: str | Path, progress: Progress,
+    start_weights: Callable[[], Mapping[str, Any]],
+) -> TaskResult:  # fmt: skip
     task = plan.task
 
-    def embed(manifest: Manifest, read: Any = None) -> ImageEmbeddings:
+    def embed(manifest: Manifest, read: Any = None, fresh: bool = False) -> ImageEmbeddings:
         return embed_images(
             encoder.model, encoder.preprocess, manifest, read=read, batch_size=config.batch_size,
             workers=config.workers, device=encoder.device, precision=config.precision,
             processes=config.processes if read is None else 1, max_excluded=config.max_excluded,
-            # Corrupted pictures share ids and files with clean ones, so they must not share a cache.
-            cache=config.cache if read is None else None, model_hash=encoder.fingerprint, progress=progress,
+            # Corrupted pictures share ids and files with clean ones, and a model that carries other weights its
+            # fingerprint with itself: neither may share a cache.
+            cache=config.cache if read is None and not fresh else None, model_hash=encoder.fingerprint,
+            progress=progress,
         )  # fmt: skip
 
     images = embed(plan.manifest)
@@ -162,7 +179,8 @@ def _run(
 
     scored = Scored(
         task=task, manifest=plan.manifest, rows=rows, images=images.vectors, scores=scores,
-        prompts=embed_prompts(plan.prompts, encoder), logit_scale=encoder.logit_scale, embed=embed,
+        sentences=plan.prompts, prompts=embed_prompts(plan.prompts, encoder), encoder=encoder, embed=embed,
+        score=lambda some, vectors: score(plan, some, vectors, encoder), start_weights=start_weights,
         embed_texts=lambda texts: embed_texts(encoder.model, encoder.tokenizer, texts, device=encoder.device),
         read_split=lambda split: read_other_split(task, config.data[task.name], split), outside=outside,
     )  # fmt: skip

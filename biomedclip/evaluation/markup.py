@@ -7,6 +7,7 @@ while its text is rounded. Everything else is `biomedclip.page.markup`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ def name_metric(name: str) -> str:
     if not slash:
         return _NAMES.get(name, name.replace("_", " "))
     arrow = {"image_to_text": "image → text", "text_to_image": "text → image"}.get(way, way)
+    metric = re.sub(r"^full_recall@", "all right answers, recall@", metric)
     return f"{arrow}, {metric.replace('mrr', 'mean reciprocal rank').replace('_', ' ')}"
 
 

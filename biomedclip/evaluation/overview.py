@@ -14,20 +14,27 @@ from typing import Any
 import numpy as np
 
 from biomedclip.errors import DataError
-from biomedclip.evaluation import metrics
 from biomedclip.evaluation.appendix import write_appendix
 from biomedclip.evaluation.compare import Change, compare_results
 from biomedclip.evaluation.markup import interval_text, name_metric, round_value
-from biomedclip.evaluation.plots import draw_boxes, draw_forest, draw_square
+from biomedclip.evaluation.overview_charts import (
+    Results,
+    models_of,
+    rank_models,
+    write_boxes,
+    write_curves,
+    write_few_shot,
+    write_forest,
+    write_ranks,
+    write_subgroups,
+    write_wise,
+)
 from biomedclip.evaluation.results import TaskResult, read_results, read_skipped
-from biomedclip.evaluation.scores import ClassScores, read_scores
 from biomedclip.evaluation.sections import LIMITS, write_confusions
 from biomedclip.files import write_text
 from biomedclip.page import write_page
 from biomedclip.page.markup import to_text, write_table
 
-Results = Mapping[str, Mapping[str, TaskResult]]
-"""{task: {model: newest result}}"""
 _GENERAL = "general"
 
 
@@ -39,7 +46,8 @@ def write_overview(results: str | Path, out: str | Path) -> list[Path]:
     table = arrange(found)
     changes = compare_models(table)
     named: dict[str, list[tuple[str, ...]]] = {
-        "Results": matrix(table), "Averages": averages(table), "Differences": difference_rows(changes),
+        "Results": matrix(table), "Averages": averages(table), "Ranks": rank_rows(table),
+        "Differences": difference_rows(changes),
         "Beyond accuracy": beyond_rows(table), "Published results": published_rows(table),
         "Skipped": [("task", "why"), *read_skipped(results).items()],
     }  # fmt: skip
@@ -51,8 +59,9 @@ def write_overview(results: str | Path, out: str | Path) -> list[Path]:
     sections = [
         "<header>\n<h1>Evaluation</h1></header>",
         *(_section(title, named[title]) for title in ("Results", "Averages")),
-        _forest(changes), *(_section(t, named[t]) for t in ("Differences", "Published results")),
-        _curves(table), *_confusions(table), _few_shot(table), _boxes(table), _subgroups(table), _forgetting(table),
+        write_forest(changes), *(_section(t, named[t]) for t in ("Differences", "Published results")),
+        write_ranks(table), write_curves(table), *_confusions(table), write_few_shot(table), write_boxes(table),
+        write_subgroups(table), _forgetting(table), write_wise(table),
         _section("Beyond accuracy", named["Beyond accuracy"]), _limits(table), _section("Skipped", named["Skipped"]),
         *_appendices(table),
     ]  # fmt: skip
@@ -70,7 +79,7 @@ def arrange(results: Iterable[TaskResult]) -> dict[str, dict[str, TaskResult]]:
 
 def matrix(table: Results) -> list[tuple[str, ...]]:
     """Sets by models: primary metric with interval; baselines, leakage, excluded images and n beside it."""
-    models = _models(table)
+    models = models_of(table)
     rows = [("task", "metric", *models, "random", "majority", "n", "excluded", "leakage")]
     for by_model in table.values():
         record = next(iter(by_model.values())).record
@@ -86,7 +95,7 @@ def matrix(table: Results) -> list[tuple[str, ...]]:
 
 def averages(table: Results) -> list[tuple[str, ...]]:
     """Means over the tasks of one suite and one primary metric that all models have, listing them."""
-    models = _models(table)
+    models = models_of(table)
     rows: list[tuple[str, ...]] = [("suite", "metric", *models, "mean of")]
     kinds: dict[tuple[str, str], list[str]] = {}
     for task, by_model in table.items():
@@ -100,9 +109,23 @@ def averages(table: Results) -> list[tuple[str, ...]]:
     return rows
 
 
+def rank_rows(table: Results) -> list[tuple[str, ...]]:
+    """Mean ranks of three or more models over the tasks that all have, and which cannot be told from the best."""
+    found, tasks = rank_models(table)
+    if len(found.mean_ranks) < 3 or found.reason:
+        return []
+    ordered = sorted(found.mean_ranks.items(), key=lambda item: item[1])
+    rows: list[tuple[str, ...]] = [("model", "mean rank", f"critical difference {found.critical_difference:.2f}", "of")]
+    best = next((run for run in found.alike if ordered[0][0] in run), (ordered[0][0],))
+    return rows + [
+        (model, f"{rank:.2f}", "not told from the best" if model in best else "", ", ".join(tasks))
+        for model, rank in ordered
+    ]
+
+
 def compare_models(table: Results) -> dict[str, list[Change]]:
     """{other model: changes against the first one}, empty for a single model."""
-    first, *others = _models(table)
+    first, *others = models_of(table)
     ours = [by_model[first] for by_model in table.values() if first in by_model]
     found = {}
     for other in others:
@@ -176,6 +199,9 @@ def _facts(section: str, found: Mapping[str, Any]) -> list[tuple[str, str, str]]
     rows: list[tuple[str, str, str]] = []
     if section == "adapters":
         for name, entry in found.items():
+            if "reason" in entry:
+                rows.append((name, "–", str(entry["reason"])))
+                continue
             tags = ", ".join([f"chosen on {entry['selection']['split']}", *entry["selection"].get("tags", ())])
             rows.append((f"{name}, balanced accuracy", round_value(entry["balanced_accuracy"]), tags))
     elif section == "calibration":
@@ -189,84 +215,26 @@ def _facts(section: str, found: Mapping[str, Any]) -> list[tuple[str, str, str]]
                       ", ".join(kinds[kind]["sets"])) for kind in ("near", "far") if kind in kinds]  # fmt: skip
     elif section == "corruptions":
         rows.append(("kept under corruption", round_value(found["kept"]), f"worst: {found['worst']}"))
+    elif section == "prior_correction":
+        rows += [
+            (
+                f"balanced accuracy, prior {what}",
+                round_value(found[key]["balanced_accuracy"]),
+                f"seen on {found['split']}, n {found['n']}",
+            )
+            for key, what in (("before", "kept"), ("after", "out"))
+        ]
+    elif section == "perception":
+        said = ", ".join(f"{value} {share:.2f}" for value, share in found["perceived"].items())
+        rows += [("balanced accuracy, zero-shot", round_value(found["zero_shot"]["balanced_accuracy"]), ""),
+                 ("balanced accuracy, conditioned", round_value(found["balanced_accuracy"]), said)]  # fmt: skip
+    elif section == "backgrounds":
+        rows += [(f"class on background, {name}", round_value(found[name]), found["attribute"])
+                 for name in ("worst", "mean", "gap")]  # fmt: skip
     elif section == "composition":
         rows += [(f"{name} foils refused", round_value(e.get("accuracy")), e.get("reason") or f"n {e['n']}, chance 0.5")
                  for name, e in found.items()]  # fmt: skip
     return rows
-
-
-def _curves(table: Results) -> str:
-    blocks = []
-    for by_model in table.values():
-        roc, pr, reliability = {}, {}, {}
-        for model, result in by_model.items():
-            if not result.scores_path.exists():
-                continue
-            scores = read_scores(result.scores_path)
-            if isinstance(scores, ClassScores) and len(scores.classes) == 2:
-                positive, margin = scores.y == 1, metrics.difference(scores.cosines)
-                false_rate, true_rate, _ = metrics.roc_curve(positive, margin)
-                roc[model] = _thin(false_rate, true_rate)
-                hits, alarms = true_rate * positive.sum(), false_rate * (~positive).sum()
-                pr[model] = _thin(true_rate[1:], (hits / np.maximum(hits + alarms, 1))[1:])
-            shown = result.record.get("beyond", {}).get("calibration", {}).get("reliability")
-            if shown:
-                reliability[model] = list(zip(shown["confidence"], shown["accuracy"], strict=True))
-        parts = [draw_square(roc, x_label="false positive rate", y_label="sensitivity", diagonal=True) if roc else "",
-                 draw_square(pr, x_label="sensitivity", y_label="precision") if pr else "",
-                 draw_square(reliability, x_label="confidence", y_label="accuracy", diagonal=True, dots=True)
-                 if reliability else ""]  # fmt: skip
-        if any(parts):
-            title = next(iter(by_model.values())).record["title"]
-            blocks.append(f'<h3>{to_text(title)}</h3><div class="pair">{"".join(parts)}</div>')
-    return _block("Curves", "ROC and precision by sensitivity; a calibrated model's dots lie on the diagonal.", blocks)
-
-
-def _thin(a: Any, b: Any) -> list[tuple[float, float]]:
-    keep = np.unique(np.linspace(0, len(a) - 1, min(len(a), 200)).astype(int))
-    return [(float(a[i]), float(b[i])) for i in keep]
-
-
-def _few_shot(table: Results) -> str:
-    blocks = []
-    for _, model, result, found in _with(table, "few_shot"):
-        curves = found["curves"]
-        top = max((float(k) for points in curves.values() for k in points), default=1.0)
-        lines = {name: [(float(k), v["mean"]) for k, v in points.items()] for name, points in curves.items()}
-        ticks = sorted({x for points in lines.values() for x, _ in points})
-        label = found["metric"].replace("_", " ")
-        chart = draw_square(lines, x_label="images a class", y_label=label, x_max=top, dots=True, ticks=ticks)
-        rows = [(name, k, round_value(v["mean"]), round_value(v["sd"]), f"{v['min']:.3f} to {v['max']:.3f}",
-                 f"{v['n']:g}") for name, points in curves.items() for k, v in points.items()]  # fmt: skip
-        head = ("method", "K", "mean", "sd over seeds", "range", "seeds")
-        spread = write_table(head, [tuple(map(to_text, row)) for row in rows])
-        remarks = [*found["tags"], *(f"{what}: {why}" for what, why in found["failed"].items())]
-        remarks += [f"fewer images than asked for: {', '.join(found['short'])}"] if found["short"] else []
-        blocks.append(
-            f"<div><h3>{to_text(result.record['title'])}, {to_text(model)}</h3>{chart}<details><summary>all numbers"
-            f'</summary>{spread}</details><p class="note">{to_text("; ".join(remarks))}</p></div>'
-        )
-    note = "Means over seeds; draws are nested, and what is chosen on the scored split is tagged."
-    return _block("Few shots", note, [f'<div class="pair">{"".join(blocks)}</div>'] if blocks else [])
-
-
-def _boxes(table: Results) -> str:
-    rows = [(f"{task}, {model}", found) for task, model, _, found in _with(table, "prompt_sensitivity")]
-    note = "The same images under random single prompts: minimum, quartiles and maximum of balanced accuracy."
-    return _block("Wording", note, [draw_boxes(rows)] if rows else [])
-
-
-def _subgroups(table: Results) -> str:
-    blocks = []
-    for _, model, result, found in _with(table, "subgroups"):
-        rows = [(g["name"], g["value"], g["ci_low"] or g["value"], g["ci_high"] or g["value"], f"n {g['n']}")
-                for g in found["groups"] if g["value"] is not None]  # fmt: skip
-        small = ", ".join(f"{g['name']} ({g['reason']})" for g in found["groups"] if g["value"] is None)
-        blocks.append(
-            f"<h3>{to_text(result.record['title'])}, {to_text(model)}, by {to_text(found['attribute'])}</h3>"
-            f"{draw_forest(rows, zero=found['overall'], low=0, high=1)}<p class='note'>{to_text(small)}</p>"
-        )
-    return _block("Subgroups", "Dashed: all samples. Groups too small to measure are named, not drawn.", blocks)
 
 
 def _forgetting(table: Results) -> str:
@@ -278,20 +246,8 @@ def _forgetting(table: Results) -> str:
     return _section("Retention", rows)
 
 
-def _forest(changes: Mapping[str, Sequence[Change]]) -> str:
-    blocks = []
-    for pair, entries in changes.items():
-        rows = [(c.task, c.value, c.low, c.high, c.verdict) for c in entries if not c.reason]
-        reach = max([0.05, *(max(abs(low), abs(high)) for _, _, low, high, _ in rows)])
-        if rows:
-            blocks.append(f"<h3>{to_text(pair)}</h3>{draw_forest(rows, zero=0, low=-reach, high=reach)}")
-    return _block(
-        "What changed", "Paired differences on the same samples with 95 % intervals; right is better.", blocks
-    )
-
-
 def _confusions(table: Results) -> list[str]:
-    first, *rest = _models(table)
+    first, *rest = models_of(table)
     old = {t: by[first].record for t, by in table.items() if first in by}
     if not rest:
         return [write_confusions({}, old).replace("<caption>after</caption>", f"<caption>{to_text(first)}</caption>")]
@@ -317,18 +273,6 @@ def _appendices(table: Results) -> list[str]:
     return [write_appendix({}, newest, [], None)]
 
 
-def _with(table: Results, section: str) -> Iterable[tuple[str, str, TaskResult, Mapping[str, Any]]]:
-    for task, by_model in table.items():
-        for model, result in by_model.items():
-            found = result.record.get("beyond", {}).get(section)
-            if found and "reason" not in found:
-                yield task, model, result, found
-
-
-def _models(table: Results) -> list[str]:
-    return list(dict.fromkeys(model for by_model in table.values() for model in by_model))
-
-
 def _cell(entry: Mapping[str, Any]) -> str:
     if entry["value"] is None:
         return f"undefined: {entry.get('reason', '')}"
@@ -340,12 +284,6 @@ def _section(title: str, rows: Sequence[Sequence[str]]) -> str:
         return ""
     body = write_table(tuple(map(to_text, rows[0])), [tuple(map(to_text, row)) for row in rows[1:]])
     return f'<section><h2>{to_text(title)}</h2><div class="wide">{body}</div></section>'
-
-
-def _block(title: str, note: str, blocks: Sequence[str]) -> str:
-    if not blocks:
-        return ""
-    return f'<section><h2>{to_text(title)}</h2><p class="note">{to_text(note)}</p>{"".join(blocks)}</section>'
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,8 +16,12 @@ _PAD, _SIDE = 58, 220
 def draw_square(
     series: Mapping[str, Points], *, x_label: str, y_label: str, x_max: float = 1.0, diagonal: bool = False,
     dots: bool = False, ticks: Sequence[float] | None = None,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> str:  # fmt: skip
-    """Lines over x from 0 to `x_max` and y from 0 to 1, one colour a series, the key underneath."""
+    """Lines over x from 0 to `x_max` and y from 0 to 1, one colour a series, the key underneath.
+
+    `bands` {series: (x, low, high)} are shaded behind its line.
+    """
 
     def x(value: float) -> float:
         return round(_PAD + _SIDE * value / x_max, 1)
@@ -36,6 +40,10 @@ def draw_square(
     key = []
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
+        if band := (bands or {}).get(name):
+            edge = [(a, high) for a, _, high in band] + [(a, low) for a, low, _ in reversed(band)]
+            marks.append(f'<polygon points="{" ".join(f"{x(a)},{y(b)}" for a, b in edge)}" '
+                         f'style="fill:{colour};opacity:0.15"/>')  # fmt: skip
         path = " ".join(f"{x(a)},{y(b)}" for a, b in points)
         marks.append(f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:2"/>')
         if dots:
@@ -75,6 +83,39 @@ def draw_forest(rows: Sequence[tuple[str, float, float, float, str]], *, zero: f
         f'<svg class="chart" viewBox="0 0 860 {bottom + 22}" role="img" aria-label="differences with intervals">'
         f"{''.join(marks)}</svg>"
     )
+
+
+def draw_ranks(ranks: Mapping[str, float], critical: float, alike: Sequence[Sequence[str]]) -> str:
+    """Mean ranks on a line from 1 to the number of models, the critical difference above it, a bar under models that
+    are not told apart (Demsar's diagram)."""
+    left, right, top = 60, 800, 56
+
+    def x(rank: float) -> float:
+        return round(left + (right - left) * (rank - 1) / max(1, len(ranks) - 1), 1)
+
+    marks = [f'<line class="grid" x1="{left}" x2="{right}" y1="{top}" y2="{top}"/>']
+    for rank in range(1, len(ranks) + 1):
+        marks.append(f'<line class="grid" x1="{x(rank)}" x2="{x(rank)}" y1="{top - 5}" y2="{top + 5}"/>')
+        marks.append(f'<text x="{x(rank)}" y="{top - 10}" text-anchor="middle">{rank}</text>')
+    end = min(1 + critical, float(len(ranks)))
+    marks.append(f'<line x1="{x(1)}" x2="{x(end)}" y1="18" y2="18" style="stroke:var(--ink);stroke-width:2"/>')
+    beyond = "" if 1 + critical <= len(ranks) else ", more than the line is long"
+    marks.append(f'<text x="{x(1)}" y="12">critical difference {critical:.2f}{beyond}</text>')
+    for number, group in enumerate(alike):
+        ends = [ranks[name] for name in group]
+        y = top + 12 + 8 * number
+        marks.append(f'<line x1="{x(min(ends)) - 4}" x2="{x(max(ends)) + 4}" y1="{y}" y2="{y}" '
+                     f'style="stroke:var(--accent);stroke-width:4"/>')  # fmt: skip
+    base = top + 30 + 8 * len(alike)
+    for number, (name, rank) in enumerate(sorted(ranks.items(), key=lambda item: item[1])):
+        y, at = base + 22 * number, x(rank)
+        marks.append(f'<circle class="dot after" cx="{at}" cy="{top}" r="4.5"/>')
+        marks.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{top}" y2="{y - 4}"/>')
+        side, shift = ("start", 6) if at < (left + right) / 2 else ("end", -6)
+        marks.append(f'<text x="{at + shift}" y="{y}" text-anchor="{side}">{escape(name)}, {rank:.2f}</text>')
+    bottom = base + 22 * len(ranks)
+    return (f'<svg class="chart" viewBox="0 0 860 {bottom}" role="img" aria-label="mean ranks of models">'
+            f"{''.join(marks)}</svg>")  # fmt: skip
 
 
 def draw_boxes(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:

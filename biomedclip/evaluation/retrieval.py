@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 BLOCK_BYTES = 64_000_000
 """Similarities held at once: memory is O(block x M), whatever N is."""
+KS = (1, 5, 10)
 _CLOSE_SHARE = 0.02
 """Share of a block's products beyond which all of it is taken in float64, not the close ones one by one."""
 _MANY_CLOSE = 1000
@@ -124,6 +125,34 @@ def _rounding(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> 
     if not np.isfinite(lengths).all():
         raise ValueError("embeddings are not finite")
     return 1.01 * (queries.shape[1] + 2) * _HALF_ULP * lengths[0] * lengths[1]
+
+
+def recall_all(
+    queries: NDArray[np.float32], candidates: NDArray[np.float32], query_ids: ArrayLike, candidate_ids: ArrayLike,
+    ks: Sequence[int] = KS,
+) -> NDArray[np.float64]:  # fmt: skip
+    """(N, K) share of all of a query's positives within its first k, where `rank_candidates` asks for any of them.
+
+    |top k and P| / |P|: with more positives than k it cannot reach 1. Each positive has its own rank among all
+    candidates, the other positives among them, ties counting half. NaN for a query without positives.
+    """
+    queries, candidates = np.asarray(queries, np.float32), np.asarray(candidates, np.float32)
+    query_ids, candidate_ids = np.asarray(query_ids), np.asarray(candidate_ids)
+    shares = np.full((len(queries), len(ks)), np.nan)
+    order = np.argsort(candidate_ids, kind="stable")
+    first = np.searchsorted(candidate_ids[order], query_ids, "left")
+    last = np.searchsorted(candidate_ids[order], query_ids, "right")
+    block = max(1, BLOCK_BYTES // (4 * max(1, len(candidates))))
+    for start in range(0, len(queries), block):
+        scores = _products(queries[start : start + block], candidates)
+        for i, row in enumerate(scores, start):
+            own = order[first[i] : last[i]]
+            if own.size:
+                ordered, values = np.sort(row), row[own]
+                better = len(row) - np.searchsorted(ordered, values, "right")
+                tied = np.searchsorted(ordered, values, "right") - np.searchsorted(ordered, values, "left") - 1
+                shares[i] = [(1 + better + tied / 2 <= k).mean() for k in ks]
+    return shares
 
 
 def chance_recall(num_candidates: int, num_positives: ArrayLike, k: int) -> float:

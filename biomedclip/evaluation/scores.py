@@ -12,7 +12,8 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from biomedclip.evaluation.answer_scores import (
     option_tables,
 )
 from biomedclip.evaluation.influence import EXACT_CELLS, balanced_accuracy_sums, choose_auroc
-from biomedclip.evaluation.retrieval import chance_recall, chance_reciprocal_rank
+from biomedclip.evaluation.retrieval import KS, chance_recall, chance_reciprocal_rank
 from biomedclip.evaluation.statistics import Interval, Resampler, Statistic, bootstrap, bound_flawless
 from biomedclip.files import write_atomic
 
@@ -67,6 +68,9 @@ class RankScores:
     cosines: NDArray[np.float32]
     """(N,) of each image with its own caption."""
     logit_scale: float
+    image_to_text_full: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(KS))))
+    text_to_image_full: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(KS))))
+    """(N, K) share of all right answers within the first 1, 5 and 10; empty in files from before these were kept."""
 
 
 Scores = ClassScores | RankScores | LabelScores | OptionScores
@@ -102,7 +106,8 @@ def read_scores(path: str | Path) -> Scores:
             texts: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ("answer_texts", "sets")}
             return OptionScores(sizes=arrays["sizes"], answers=arrays["answers"], **texts, **facts)
         names = ("caption_ids", "image_to_text", "text_to_image", "image_to_text_top", "text_to_image_top")
-        return RankScores(**{name: arrays[name] for name in names}, **facts)
+        full = {name: arrays[name] for name in ("image_to_text_full", "text_to_image_full") if name in arrays}
+        return RankScores(**{name: arrays[name] for name in names}, **full, **facts)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(path, "holds no scores", found=str(error)[:80], todo="evaluate the task again") from None
 
@@ -144,6 +149,8 @@ def statistics_of(scores: Scores, names: tuple[str, ...], resampler: Resampler |
                 table["balanced_accuracy"] = balanced_accuracy_sums(scores.y, predict(scores), num_classes, resampler)
             if "auroc" in names:
                 table["auroc"] = choose_auroc(scores.y, scores.cosines, resampler)
+    if missing := [name for name in names if name not in table]:
+        raise DataError("scores", f"do not hold what {', '.join(missing)} needs", todo="evaluate the task again")
     return {name: table[name] for name in names}
 
 
@@ -181,8 +188,11 @@ def _rank_statistics(scores: RankScores) -> dict[str, Statistic]:
     table: dict[str, Statistic] = {}
     for direction in ("image_to_text", "text_to_image"):
         ranks = getattr(scores, direction)
-        for k in (1, 5, 10):
+        full = getattr(scores, f"{direction}_full")
+        for k in KS:
             table[f"{direction}/recall@{k}"] = lambda w, r=ranks, k=k: metrics.recall_at(r, k, w)  # type: ignore[misc]
+            if len(full):
+                table[f"{direction}/full_recall@{k}"] = partial(metrics.weighted_mean, full[:, KS.index(k)])
         table[f"{direction}/mrr"] = lambda w, r=ranks: metrics.mean_reciprocal_rank(r, w)  # type: ignore[misc]
         table[f"{direction}/median_rank"] = lambda w, r=ranks: metrics.median_rank(r, w)  # type: ignore[misc]
     return table
@@ -308,6 +318,8 @@ def _random_ranks(scores: RankScores, names: tuple[str, ...]) -> dict[str, float
         metric = name.split("/")[1]
         if metric.startswith("recall@"):
             baselines[name] = _number(chance_recall(total, counts[inverse], int(metric.removeprefix("recall@"))))
+        elif metric.startswith("full_recall@"):
+            baselines[name] = _number(min(1.0, int(metric.removeprefix("full_recall@")) / total))
         elif metric == "mrr" and len(counts) == total:
             baselines[name] = _number(chance_reciprocal_rank(total))
         elif metric == "median_rank" and len(counts) == total:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from biomedclip.evaluation.answer_kinds import pool_slides, score_label_sets, score_option_sets
 from biomedclip.evaluation.answer_scores import LabelScores
 from biomedclip.evaluation.embed import embed_texts, fingerprint, logit_scale_of
-from biomedclip.evaluation.retrieval import caption_ids, rank_candidates
+from biomedclip.evaluation.retrieval import KS, caption_ids, rank_candidates, recall_all
 from biomedclip.evaluation.scores import ClassScores, RankScores, Scores, statistics_of
 from biomedclip.evaluation.tasks import Task
 from biomedclip.evaluation.zero_shot import score_classes
@@ -122,7 +122,26 @@ def score_retrieval(
         text_to_image_top=to_image.top,
         cosines=np.einsum("nd,nd->n", images, texts).astype(np.float32),
         logit_scale=encoder.logit_scale,
+        **_full_recalls(images, texts, ids, to_text.ranks, to_image.ranks),
     )
+
+
+def _full_recalls(
+    images: NDArray[np.float32], texts: NDArray[np.float32], ids: NDArray[np.int64], to_text: NDArray[np.float64],
+    to_image: NDArray[np.float64],
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    """Shares of all right answers, both ways; a query with one right answer has them from its rank already."""
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    many = np.flatnonzero(counts[inverse] > 1)
+    found = {}
+    for name, queries, candidates, ranks in (
+        ("image_to_text_full", images, texts, to_text), ("text_to_image_full", texts, images, to_image),
+    ):  # fmt: skip
+        shares = (ranks[:, None] <= np.asarray(KS)).astype(np.float64)
+        if many.size:
+            shares[many] = recall_all(queries[many], candidates, ids[many], ids)
+        found[name] = shares
+    return found
 
 
 def measure_strict(
@@ -140,6 +159,7 @@ def measure_strict(
         sample_ids=tuple(row.sample_id for row in rows), group_ids=None, caption_ids=own, image_to_text=to_text.ranks,
         text_to_image=to_image.ranks, image_to_text_top=to_text.top, text_to_image_top=to_image.top,
         cosines=np.zeros(len(rows), dtype=np.float32), logit_scale=encoder.logit_scale,
+        **_full_recalls(images, texts, own, to_text.ranks, to_image.ranks),
     )  # fmt: skip
     return {name: float(statistic(None)) for name, statistic in statistics_of(scores, names).items()}
 

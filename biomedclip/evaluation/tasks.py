@@ -29,7 +29,16 @@ OPTION_METRICS = ("accuracy", "over_chance")
 RANK_METRICS = tuple(
     f"{direction}/{metric}"
     for direction in ("image_to_text", "text_to_image")
-    for metric in ("recall@1", "recall@5", "recall@10", "mrr", "median_rank")
+    for metric in (
+        "recall@1",
+        "recall@5",
+        "recall@10",
+        "full_recall@1",
+        "full_recall@5",
+        "full_recall@10",
+        "mrr",
+        "median_rank",
+    )
 )
 
 
