@@ -197,7 +197,7 @@ def models_calibrate(
 @models_app.command("card", epilog="Example: biomedclip models card runs/demo --notes notes.yaml --results results")
 def models_card(
     target: Annotated[
-        str, typer.Argument(metavar="NAME|RUN|JSON", help="A model of the zoo, a run folder, or a record of one.")
+        str, typer.Argument(metavar="NAME|RUN|JSON", help="A model of the zoo, a run (or its ema/), a record of one.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file to write; of a run, .json writes its record.")
@@ -251,7 +251,7 @@ def _collect_record(
     from biomedclip.evaluation.embed import fingerprint
     from biomedclip.models.collect_record import check_copy, collect_record, describe_weights, find_start, read_records
     from biomedclip.models.export import WEIGHTS_FILE
-    from biomedclip.models.load import load
+    from biomedclip.models.load import find_export, load
     from biomedclip.models.training_record import CardNotes
 
     if notes is None:
@@ -267,7 +267,7 @@ def _collect_record(
     report: Any = model.load_report
     file = Path(next(iter(report.hashes())))
     if scored is not None:
-        check_copy(run / "final" / WEIGHTS_FILE, file)
+        check_copy(find_export(run) / WEIGHTS_FILE, file)
     weights = describe_weights(
         file, fingerprint=fingerprint(model), parameters=sum(p.numel() for p in model.parameters()),
         preprocess=str(preprocess), context=tokenizer.context_length,  # type: ignore[attr-defined]

@@ -62,7 +62,7 @@ def collect_record(
     if holes:
         raise ConfigError(run, "a card would have holes", found="; ".join(holes), todo="fill them and write it again")
     return TrainingRecord(
-        name=name or Path(run).name, notes=notes, weights=weights, runs=tuple(runs), sources=tuple(sources),
+        name=name or folders[-1].name, notes=notes, weights=weights, runs=tuple(runs), sources=tuple(sources),
         tasks=tuple(task for task in tasks if task is not None),
     )  # fmt: skip
 
@@ -92,9 +92,9 @@ def check_copy(trained: Path, copy: Path) -> None:
 def find_runs(run: str | Path) -> list[Path]:
     """The run and the earlier runs whose weights it went on with, first to last; what trained its text tower leads.
 
-    The starting point of the whole is `start/` of the first that is no text run. Raises ConfigError for no run.
+    A folder of weights in a run (`ema`, `final`) stands for the run. The starting point of the whole is `start/` of the first that is no text run. Raises ConfigError for no run.
     """
-    folders = [Path(run)]
+    folders = [_run_of(str(run)) or Path(run)]
     texts: list[Path] = []
     while True:
         model = _config(folders[0])["model"]
