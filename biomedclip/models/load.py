@@ -57,9 +57,10 @@ def load(
     `name` is a released model (`biomedclip models`), a Hub id, a run folder, checkpoint folder or export, an open_clip
     architecture with a tag (`ViT-B-32/openai`), or an architecture shipped here with `random_init=True`. `checkpoint`
     is a file (or folder of files) of the named model that lies elsewhere, with which an architecture needs no tag;
-    `revision` another commit of its repository than the pinned one. `trust_pickle` opens a pickle that needs more than tensors, which runs the code in it.
-    `preprocess` overrides mean, std, interpolation or resize_mode. Raises CheckpointError where the name is unknown, a
-    file is missing, broken or not the published one, or weights do not fit.
+    `revision` another commit of its repository than the pinned one. `trust_pickle` opens a pickle that needs more than
+    tensors, which runs the code in it. `preprocess` overrides mean, std, interpolation or resize_mode. Raises
+    CheckpointError where the name is unknown, a file is missing, broken or not the published one, or weights do not
+    fit.
     """
     parts = find_parts(
         name, revision=revision, checkpoint=checkpoint, local_files_only=local_files_only, random_init=random_init,
