@@ -26,7 +26,7 @@ from biomedclip.files import TEMPORARY_PREFIX, remove_leftovers, sha256_file, wr
 from biomedclip.images import read_rgb
 from biomedclip.layouts.manifest import make_manifest
 from biomedclip.progress import Progress, silent
-from biomedclip.schema import Drop, ImageRef, LabelledImage, Manifest
+from biomedclip.schema import INDEX_COLUMNS, Drop, ImageRef, LabelledImage, Manifest
 from biomedclip.shards import MANIFEST, DatasetFolder, read_tables, write_table
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 FACTS, VECTORS, KEYS, PARTS = "embeddings.json", "embeddings.npy", "keys.parquet", "parts"
 FORMAT = 1
+PLACE_COLUMNS = {
+    name: INDEX_COLUMNS[name]
+    for name in ("key", "shard", "image_crc32", *(f"{m}_{f}" for m in ("image", "text", "json")
+                                                  for f in ("offset", "size")))
+}  # fmt: skip
+"""What `DatasetFolder.read` needs of a sample."""
 _TODO = "make them again: biomedclip data annotate embed"
 
 
@@ -113,9 +119,9 @@ def embed_folder(
     writer = _Writer(out, np.dtype(config.dtype))
     with progress(f"embedding {dataset.manifest['name']}", len(dataset)) as advance:
         for rows in _parts(dataset, config.part_size):
-            reader = _PartReader(dataset.folder, {row["key"]: row for row in rows})
+            reader = PartReader(DatasetFolder(dataset.folder), {row["key"]: row for row in rows})
             found = embed_images(
-                net, preprocess, _part_manifest(dataset, rows), read=reader, batch_size=config.batch_size,
+                net, preprocess, make_part_manifest(dataset, rows), read=reader, batch_size=config.batch_size,
                 workers=config.workers, device=device, max_excluded=1.0, cache=out / PARTS,
                 model_hash=identity["fingerprint"],
             )  # fmt: skip
@@ -159,14 +165,15 @@ def _claim(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _PartReader:
-    """Reads the picture of a manifest's row by its place in a shard; worker processes get a copy."""
+class PartReader:
+    """Reads the picture of a manifest's row by its place in a shard; worker processes get a copy, so that the dataset
+    should be a fresh one, without tables."""
 
-    folder: Path
+    dataset: DatasetFolder
     rows: dict[str, dict[str, Any]]
 
     def __call__(self, manifest: Manifest, row: LabelledImage) -> Image.Image:
-        sample = DatasetFolder(self.folder).read(self.rows[row.sample_id])
+        sample = self.dataset.read(self.rows[row.sample_id])
         return read_rgb(sample.image, f"{manifest.root}: {row.sample_id}")
 
 
@@ -174,18 +181,21 @@ def _parts(dataset: DatasetFolder, size: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of live samples, `size` places in the shards at a time: a later purge moves no part."""
     import pyarrow.parquet as pq
 
-    columns = [
-        "key", "shard", "image_crc32", *(f"{m}_{f}" for m in ("image", "text", "json") for f in ("offset", "size")),
-    ]  # fmt: skip
     for shard in dataset.manifest["shards"]:
         with pq.ParquetFile(dataset.folder / shard["name"].replace(".tar", ".parquet")) as file:
-            for batch in file.iter_batches(size, columns=columns):
+            for batch in file.iter_batches(size, columns=list(PLACE_COLUMNS)):
                 rows = [row for row in batch.to_pylist() if row["key"] not in dataset.withdrawn]
                 if rows:
                     yield rows
 
 
-def _part_manifest(dataset: DatasetFolder, rows: Sequence[Mapping[str, Any]]) -> Manifest:
+def read_shard_rows(dataset: DatasetFolder, shard: str) -> list[dict[str, Any]]:
+    """PLACE_COLUMNS of all samples of a shard, in its order. Raises DataError where its index is broken."""
+    return read_tables([dataset.folder / shard.replace(".tar", ".parquet")], PLACE_COLUMNS).to_pylist()
+
+
+def make_part_manifest(dataset: DatasetFolder, rows: Sequence[Mapping[str, Any]]) -> Manifest:
+    """The rows as a Manifest for `embed_images`, whose hash is of their keys and pictures."""
     pictures = [LabelledImage(sample_id=row["key"], image=ImageRef(path=row["shard"])) for row in rows]
     content = [[row["key"], row["image_crc32"], row["image_size"]] for row in rows]
     return make_manifest(str(dataset.manifest["name"]), dataset.folder, pictures, kind="caption", content=content)
@@ -211,6 +221,8 @@ class _Writer:
     def add(self, rows: Sequence[Mapping[str, Any]], vectors: Mapping[str, np.ndarray], drops: Sequence[Drop]) -> None:
         self.drops += drops
         known = [row["key"] for row in rows if row["key"] in vectors]
+        if not known:
+            return
         block = np.stack([vectors[key] for key in known]).astype(self.dtype)
         self.keys += known
         self.dim = block.shape[1]
@@ -218,7 +230,9 @@ class _Writer:
             file.write(block.tobytes())
 
     def finish(self) -> dict[str, Any]:
-        """Write array and keys; returns their facts."""
+        """Write array and keys; returns their facts. Raises DataError where there are none."""
+        if not self.keys:
+            raise DataError(self.out, "no picture could be read", found=f"{len(self.drops)} unreadable")
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
                   "shape": (len(self.keys), self.dim)}  # fmt: skip
         with write_atomic(self.out / VECTORS) as file, self._raw.open("rb") as raw:

@@ -99,7 +99,8 @@ def embed_images(
 
     `read` fetches a row's picture, by default `biomedclip.layouts.read_rgb`. `processes` above 1 share the rows, one
     GPU each where `device` is cuda; what they run (model, preprocess, read) must then be importable. Raises DataError
-    where more than `max_excluded` of the images cannot be read, where none can, and where an embedding is not finite.
+    where more than `max_excluded` of the images cannot be read, where none can unless that is 1, and where an embedding
+    is not finite.
     """
     path = None
     if cache is not None:
@@ -174,7 +175,7 @@ def _assemble(parts: Sequence[Part], manifest: Manifest, max_excluded: float) ->
                         todo="delete the .parts folder of the cache and run it again")  # fmt: skip
     _check_excluded(len(whole.drops), whole.drops, manifest, max_excluded)
     embedded = whole.embedded()
-    if not len(embedded):
+    if not len(embedded) and max_excluded < 1:
         raise DataError(manifest.name, "has no readable image", found=f"{len(whole.drops)} unreadable",
                         todo="check the root")  # fmt: skip
     order = np.argsort(embedded, kind="stable")
