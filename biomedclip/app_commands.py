@@ -136,4 +136,9 @@ def page(
     max_upload_mb: Annotated[int, typer.Option("--max-upload-mb", min=1, help="Larger uploads are refused.")] = 50,
 ) -> None:
     """Open a local page: classify, search, browse a dataset, read reports. Nothing leaves this machine."""
-    raise NotImplementedError
+    from biomedclip.app.holdings import open_holdings
+    from biomedclip.app.serve import open_page
+
+    holdings = open_holdings(dataset or (), results or (), model)
+    open_page(holdings, host=host, port=port, max_upload_mb=max_upload_mb, say=typer.echo,
+              warn=lambda text: typer.echo(text, err=True))  # fmt: skip
