@@ -440,8 +440,7 @@ def test_flops_are_three_forward_passes_and_one_of_a_locked_tower():
 def test_loggers_that_are_not_installed_are_named_with_their_pip_line(tmp_path):
     import importlib.util
 
-    missing = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
-    for name in missing:
+    for name in [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]:
         with pytest.raises(MissingExtra, match=f"run: pip install {name}, or leave it out of loggers"):
             make_trainer(config(loggers=[name]), tmp_path, [], validates=False)
 

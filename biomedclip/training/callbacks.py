@@ -50,6 +50,11 @@ class LogSteps(Callback):
         self._steps = 0
         self._began = self._row_began = self._waited = self._batch_ended = self._rate = 0.0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tells the loggers what is run, before Lightning has them write that nothing was told."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.model_dump(mode="json"))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clocks."""
         self._began = self._row_began = self._batch_ended = time.monotonic()

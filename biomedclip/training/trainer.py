@@ -50,6 +50,7 @@ def make_trainer(config: TrainConfig, folder: Path, callbacks: Sequence[Any], *,
         precision=None if plugins else precision,
         plugins=plugins or None,
         max_steps=config.max_steps,
+        log_every_n_steps=config.log_every_steps,
         logger=_loggers(config, folder) if is_first_process() else False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -105,8 +106,8 @@ def _loggers(config: TrainConfig, folder: Path) -> list[Any] | bool:
     for name in config.loggers:
         kind, package = _LOGGERS[name]
         places: dict[str, dict[str, Any]] = {
-            "tensorboard": {"save_dir": folder, "name": "", "version": "tensorboard"},
-            "wandb": {"save_dir": folder, "name": folder.name},
+            "tensorboard": {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False},
+            "wandb": {"save_dir": folder, "name": folder.name, "project": "biomedclip"},
             "mlflow": {"experiment_name": "biomedclip", "run_name": folder.name,
                        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"file:{folder / 'mlruns'}"},
         }  # fmt: skip

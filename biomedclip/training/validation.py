@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from biomedclip.errors import ConfigError
 from biomedclip.evaluation.embed import embed_images
-from biomedclip.evaluation.evaluate import Encoder, score_retrieval, score_zero_shot
 from biomedclip.evaluation.prompts import compile_prompts
 from biomedclip.evaluation.scores import Scores, statistics_of
+from biomedclip.evaluation.scoring import Encoder, score_options_of, score_retrieval, score_zero_shot
 from biomedclip.evaluation.splits import read_split
 from biomedclip.evaluation.tasks import Task, find_task
 from biomedclip.files import write_text
@@ -35,10 +35,14 @@ from biomedclip.runs import Run
 from biomedclip.schema import LabelledImage, Manifest
 from biomedclip.training.continual.config import ProbeConfig
 from biomedclip.training.ema import AverageWeights
+from biomedclip.training.exports import read_weights
 from biomedclip.training.forgetting import VALIDATION_FILE, read_validation, retention
 from biomedclip.training.gather import rank, world_size
 from biomedclip.training.wise import carrying, interpolate
 
+_SCORES: dict[str, Callable[..., Scores]] = {
+    "zero_shot": score_zero_shot, "options": score_options_of, "retrieval": score_retrieval,
+}  # fmt: skip
 PICTURE_BYTES = 1_000_000_000
 """Preprocessed pictures of all probes kept in memory between validations; beyond it they are read again."""
 
@@ -68,8 +72,7 @@ class Probe:
         )  # fmt: skip
         readable = set(images.sample_ids)
         rows = [row for row in self.manifest.rows if row.sample_id in readable]
-        score: Callable[..., Scores] = score_zero_shot if self.task.kind == "zero_shot" else score_retrieval
-        return score(self, rows, images.vectors, encoder)
+        return _SCORES[self.task.kind](self, rows, images.vectors, encoder)
 
     def value(self, encoder: Encoder) -> float:
         """The task's headline metric."""
@@ -229,12 +232,8 @@ class AskProbes(Callback):
             return self._values(model, device)
 
     def _interpolated(self, model: nn.Module, alpha: float) -> AbstractContextManager[None]:
-        from safetensors.torch import load_file
-
-        from biomedclip.models.export import WEIGHTS_FILE
-
         if self._start is None:
-            self._start = load_file(self.run.folder / "start" / WEIGHTS_FILE)
+            self._start = read_weights(self.run.folder / "start")
         now = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         start = {name: self._start[name].to(tensor.device) for name, tensor in now.items()}
         return carrying(model, interpolate(start, now, alpha))

@@ -1,0 +1,96 @@
+"""Rows of metrics.csv in TensorBoard, W&B and MLflow: what each stored, read back from its files."""
+
+import struct
+
+import pytest
+from test_module import Batches, batch, config, model
+
+from biomedclip.runs import open_run, read_metrics
+from biomedclip.training.callbacks import LogSteps
+from biomedclip.training.module import ContrastiveModule
+from biomedclip.training.trainer import make_trainer, quiet_lightning
+
+
+def train(folder, logger):
+    """Three steps with rows in the logger; the run folder."""
+    settings = config(max_steps=3, log_every_steps=1, loggers=[logger])
+    run = open_run(folder, kind="train", config=settings, seed=0, resume=False)
+    log = LogSteps(run, settings, lambda *_: None, after_step=0)
+    with quiet_lightning():
+        trainer = make_trainer(settings, folder, [log], validates=False)
+        batches = Batches([batch(seed=number) for number in range(3)])
+        trainer.fit(ContrastiveModule(model(), settings), batches, val_dataloaders=[])
+    return folder
+
+
+def read_events(path):
+    """Events of a TensorBoard file: each a length, its check sum, the bytes and their check sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, place = path.read_bytes(), 0
+    while place < len(data):
+        (size,) = struct.unpack("<Q", data[place : place + 8])
+        yield Event.FromString(data[place + 12 : place + 12 + size])
+        place += 16 + size
+
+
+def agree(found, folder):
+    """(step, name) -> value, against the numbers of metrics.csv."""
+    rows = read_metrics(folder)
+    wanted = {(row["step"], name): value for row in rows for name, value in row.items()
+              if name != "step" and value is not None}  # fmt: skip
+    assert len(rows) == 3
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_tensorboard_holds_the_rows_and_the_config(tmp_path):
+    folder = train(tmp_path / "run", "tensorboard")
+    files = sorted((folder / "tensorboard").glob("events.out.tfevents.*"))
+    events = [event for path in files for event in read_events(path)]
+    found = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value
+             if value.HasField("simple_value")}  # fmt: skip
+    agree(found, folder)
+    assert "batch_size: 10" in (folder / "tensorboard" / "hparams.yaml").read_text()
+
+
+@pytest.mark.slow  # beside a package that development does not need
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_holds_the_rows_and_the_config_in_a_folder(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = train(tmp_path / "run", "mlflow")
+    client = mlflow.MlflowClient(f"file:{folder / 'mlruns'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("biomedclip").experiment_id])
+    assert run.info.run_name == "run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["batch_size"] == "10"
+    found = {(entry.step, name): entry.value for name in run.data.metrics
+             for entry in client.get_metric_history(run.info.run_id, name)}  # fmt: skip
+    agree(found, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_holds_the_rows_and_the_config_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    import json
+
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = train(tmp_path / "run", "wandb")
+    wandb.finish()
+    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    store, found, settings = DataStore(), {}, {}
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        step = row.pop("trainer/global_step", None)
+        found |= {(step, name): value for name, value in row.items() if not name.startswith("_")}
+        settings |= {item.key: item.value_json for item in record.config.update}
+    agree(found, folder)
+    assert settings["batch_size"] == "10"
