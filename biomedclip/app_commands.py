@@ -88,6 +88,7 @@ def search(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A folder of shards that build or pack wrote.")],
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Words that the figure should fit.")] = None,
     image: Annotated[str | None, typer.Option("--image", "-i", help="A picture instead of words.")] = None,
+    window: WindowOption = None,
     model: ModelOption = MINI,
     top: Annotated[int, typer.Option("--top", min=1, help="Figures shown.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on standard output.")] = False,
@@ -95,7 +96,13 @@ def search(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Find figures of a dataset by words or by a picture; the index is made once and grows with the dataset."""
-    raise NotImplementedError
+    from biomedclip.app.search_figures import search_figures
+    from biomedclip.progress import terminal
+
+    search_figures(
+        dataset, query, image, model=model, top=top, window=window, as_json=as_json, html=html, overwrite=overwrite,
+        progress=terminal,
+    )  # fmt: skip
 
 
 def explain(

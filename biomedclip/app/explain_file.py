@@ -56,7 +56,7 @@ def find_picture(image: str, window: str | None = None, frame: int | None = None
     middle one. Raises ConfigError where it stands for several files, DataError where it holds no such picture."""
     files = find_sources([image], parse_window(window)).files
     if len(files) != 1:
-        raise ConfigError(image, "stands for several files", found=len(files), todo="explain one at a time")
+        raise ConfigError(image, "stands for several files", found=len(files), todo="name one")
     pictures = list(files[0].read())
     usable = [picture for picture in pictures if picture.image is not None]
     if not usable:

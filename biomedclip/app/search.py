@@ -123,14 +123,8 @@ class SearchIndex:
 
     def describe(self, hits: Sequence[Hit]) -> list[SampleFigure]:
         """The hits with pictures, titles, authors and links, as pages show them."""
-        import pyarrow.parquet as pq
-
         wanted = sorted({hit.article for hit in hits if hit.article})
-        path = self.dataset.folder / "articles.parquet"
-        articles: dict[str, dict[str, Any]] = {}
-        if wanted:
-            table = pq.read_table(path, filters=[("article_id", "in", wanted)])
-            articles = {row["article_id"]: row for row in table.to_pylist()}
+        articles = _find_articles(self.dataset.folder / "articles.parquet", wanted) if wanted else {}
         figures = []
         for hit in hits:
             sample = self._read_sample(hit)
@@ -272,6 +266,18 @@ def _choose_sample(vectors: Sequence[ShardVectors], rows: Sequence[pa.RecordBatc
             chosen = np.sort(random.choice(batch.num_rows, count, replace=False))
             blocks.append(shard.take(batch.column(_PLACE).to_numpy()[chosen]))
     return np.concatenate(blocks)
+
+
+def _find_articles(path: Path, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{article id: facts} of some articles, without holding the others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, filters=[("article_id", "in", wanted)])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(path, "cannot be read as parquet", found=str(error)[:80], todo=_FETCH) from None
+    return {row["article_id"]: row for row in table.to_pylist()}
 
 
 def _is_exact(total: int, dim: int) -> bool:
