@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from synthetic_shards import write_articles, write_colours
@@ -39,6 +39,7 @@ from biomedclip.models.calibration import (
 )
 from biomedclip.models.export import WEIGHTS_FILE
 from biomedclip.models.hub import file_hash
+from biomedclip.models.load import load
 
 BCCD = Path(str(resources.files("data_builders"))) / "sample" / "bccd"
 SURE = Confidence(target=0.9, accuracy=0.95, coverage=0.8, n=10, reached=True)
@@ -298,6 +299,7 @@ def test_a_shared_temperature_lets_each_set_count_alike():
     assert fit_shared_temperature([(y, z)]) == fit_temperature(y, z)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.floats(0.5, 1), st.booleans()), min_size=1, max_size=40), st.floats(0.5, 1))
 def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(answers, target):
     top = np.asarray([p for p, _ in answers])
@@ -314,12 +316,19 @@ def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(answers, target):
         assert not found.reached or (predicted == y)[more].mean() < target + 1e-9
 
 
-def test_the_command_writes_beside_the_weights_and_says_what_it_found(folders, tmp_path):
+def test_the_command_writes_beside_the_weights_and_says_what_it_found(folders, tmp_path, monkeypatch):
     model = write_tiny_model(tmp_path / "model")
     arguments = ["models", "calibrate", str(model), "--task", f"bccd={folders / 'bccd'}"]
     done = CliRunner().invoke(cli.app, ["models", "calibrate", str(model), "--task", "bccd"])
     assert "does not say where its data lies" in str(done.exception)
-    done = CliRunner().invoke(cli.app, [*arguments, "--data", str(folders / "colours"), "--accuracy", "0.6"])
+    arguments += ["--data", str(folders / "colours"), "--accuracy", "0.6"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert "bccd: give no temperature" in str(done.exception), "random weights mean nothing"
+    assert not (model / "calibration.json").exists()
+    colours: Any = Colours()
+    colours.load_report = load(model)[0].load_report
+    monkeypatch.setattr("biomedclip.models.load.load", lambda name: (colours, to_tensor, tokenise))
+    done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.exception
     assert "uncertain below" in done.output
     found = read_calibration(model)

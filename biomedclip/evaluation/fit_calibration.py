@@ -85,7 +85,7 @@ def fit_calibration(
         raise ConfigError("--task", "is missing: a temperature needs labelled images", todo="give NAME=FOLDER")
     if not data:
         raise ConfigError("--data", "is missing: a scope needs images of the training domains", todo="give a folder")
-    checked = {_check_task(name): root for name, root in tasks.items()}
+    checked = [(_check_task(name), root) for name, root in tasks.items()]
     net, preprocess, tokenizer = model
     device = choose_device("auto")
     net = net.to(device)
@@ -97,7 +97,7 @@ def fit_calibration(
     def embed_prompts(prompts: Mapping[str, Sequence[str]]) -> list[Floats]:
         return [embed_texts(net, tokenizer, sentences, device=device) for sentences in prompts.values()]
 
-    answers = [_answer(task, root, scale, embed, embed_prompts) for task, root in checked.items()]
+    answers = [_answer(task, root, scale, embed, embed_prompts) for task, root in checked]
     temperature = calibration.fit_shared_temperature([(part.y, part.logits) for part in answers])
     if not 1e-3 < temperature < 1e3:
         raise DataError(", ".join(tasks), "give no temperature: all answers are right, or none means anything",

@@ -92,7 +92,8 @@ def check_copy(trained: Path, copy: Path) -> None:
 def find_runs(run: str | Path) -> list[Path]:
     """The run and the earlier runs whose weights it went on with, first to last; what trained its text tower leads.
 
-    A folder of weights in a run (`ema`, `final`) stands for the run. The starting point of the whole is `start/` of the first that is no text run. Raises ConfigError for no run.
+    A folder of weights in a run (`ema`, `final`) stands for the run. The starting point of the whole is `start/` of the
+    first that is no text run. Raises ConfigError for no run.
     """
     folders = [_run_of(str(run)) or Path(run)]
     texts: list[Path] = []

@@ -31,6 +31,7 @@ def record_card(record: TrainingRecord, *, calibration: Calibration | None = Non
         "## Model\n\n" + bullets(_model_lines(record)),
         "## Training\n\n" + bullets([
             notes.training_data, f"Population: {notes.population}", f"Consent and de-identification: {notes.consent}",
+            *([f"Hardware: {notes.hardware}"] if notes.hardware else []),
         ]) + "\n" + _sources(record) + "\n" + _runs(record.runs),
         "## Evaluation\n\n" + _results(record.tasks),
         "## Subgroups\n\n" + _subgroups(record),
