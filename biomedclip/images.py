@@ -73,7 +73,7 @@ def check_image(data: bytes, *, min_side_px: int = 1, max_aspect: float | None =
         if image.mode in _DEEP_MODES:
             # More than 8 bits need a window, which is a decision; squeezing them silently would invent contrast.
             raise BadImage("deep_image", f"mode {image.mode}")
-        with _decoding():
+        with decoding():
             flags = _flags(image)
             storable = image.format in _FORMATS and not flags
             if storable and image.format in ("JPEG", "MPO"):
@@ -147,7 +147,7 @@ def decode_deep(data: bytes) -> np.ndarray:
     with _open(data) as image:
         if image.mode not in _DEEP_MODES:
             raise BadImage("not_deep", f"mode {image.mode}")
-        with _decoding():
+        with decoding():
             image.seek(0)
             image.load()
             turned = ImageOps.exif_transpose(image) or image
@@ -159,7 +159,7 @@ def has_several_frames(data: bytes) -> bool:
     if data[:2] == b"\xff\xd8":
         return False
     try:
-        with _open(data) as image, _decoding():
+        with _open(data) as image, decoding():
             return bool(getattr(image, "is_animated", False))
     except BadImage:
         return False
@@ -189,7 +189,7 @@ _DCT = _dct_matrix()
 
 
 def _open(data: bytes, at_least_px: int | None = None) -> Image.Image:
-    with _decoding():
+    with decoding():
         try:
             image = Image.open(io.BytesIO(data), formats=_READABLE)
         except UnidentifiedImageError:
@@ -215,7 +215,7 @@ def _scales_in_little_memory(image: Image.Image) -> bool:
 
 
 @contextmanager
-def _decoding() -> Iterator[None]:
+def decoding() -> Iterator[None]:
     """Turn what a decoder raises for a damaged file into BadImage `broken_image`, and keep its warnings quiet."""
     try:
         with warnings.catch_warnings():
@@ -247,7 +247,7 @@ def _is_opaque(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    with _decoding():
+    with decoding():
         image.seek(0)
         image.load()
         turned = ImageOps.exif_transpose(image) or image

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from biomedclip.images import MAX_PIXELS, BadImage, decode_rgb
+from biomedclip.images import MAX_PIXELS, BadImage, decode_rgb, decoding
 
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_FLAT_PIXELS = 4_000_000_000
@@ -31,7 +31,6 @@ _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB = 322, 323, 324, 325, 330
 _KEPT = (_BITS, _COMPRESSION, _COLOURS, 266, _SAMPLES, _PLANES, 317, 320, 338, 339, 347, 530, 531, 532)
 _MAX_PAGES = 64
 _BAND_PIXELS = 1 << 23
-_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, OverflowError, MemoryError)
 
 
 def read_large_tiff(path: Path, at_least_px: int) -> tuple[Image.Image, str]:
@@ -40,34 +39,26 @@ def read_large_tiff(path: Path, at_least_px: int) -> tuple[Image.Image, str]:
     Raises BadImage with reason `image_bomb` where a single strip or level is too large, `unsupported_tiff` for ways to
     store pixels that are not read here, or `broken_image`.
     """
-    try:
-        with path.open("rb") as file:
-            levels = find_levels(file)
-            full = levels[0]
-            wanted = [level for level in levels if min(_size(level)) >= at_least_px]
-            level = min(wanted, key=_size) if wanted else max(levels, key=_size)
-            width, height = _size(level)
-            if width * height > MAX_FLAT_PIXELS:
-                raise BadImage("image_bomb", f"{width}x{height} without a smaller level")
-            factor = max(1, min(width, height) // at_least_px)
-            while (width // factor) * (height // factor) > MAX_PIXELS:
-                factor *= 2
-            picture = _shrink(_bands(file, level), width, height, factor)
-    except _ERRORS as error:
-        if isinstance(error, BadImage):
-            raise
-        raise BadImage("broken_image", f"{type(error).__name__} {error}"[:120]) from None
+    with decoding(), path.open("rb") as file:
+        levels = find_levels(file)
+        full = levels[0]
+        wanted = [level for level in levels if min(_size(level)) >= at_least_px]
+        level = min(wanted, key=_size) if wanted else max(levels, key=_size)
+        width, height = _size(level)
+        if width * height > MAX_FLAT_PIXELS:
+            raise BadImage("image_bomb", f"{width}x{height} without a smaller level")
+        factor = max(1, min(width, height) // at_least_px)
+        while (width // factor) * (height // factor) > MAX_PIXELS:
+            factor *= 2
+        picture = _shrink(_bands(file, level), width, height, factor)
     share = _size(full)[0] / picture.width
     return picture, f"{_size(full)[0]} x {_size(full)[1]} px read at 1/{share:.0f}"
 
 
 def tiff_size(path: Path) -> tuple[int, int]:
     """Width and height of the first page, without decoding. Raises BadImage `broken_image`."""
-    try:
-        with path.open("rb") as file:
-            return _size(_read_directory(file, _first_offset(file)))
-    except _ERRORS as error:
-        raise BadImage("broken_image", f"{type(error).__name__} {error}"[:120]) from None
+    with decoding(), path.open("rb") as file:
+        return _size(_read_directory(file, _first_offset(file)))
 
 
 def find_levels(file: BinaryIO) -> list[Any]:
