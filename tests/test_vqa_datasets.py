@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.evaluation.vqa.datasets import LAYOUTS, read_questions
-from biomedclip.evaluation.vqa.questions import check_language, read_picture
+from biomedclip.evaluation.vqa.questions import assemble, check_language, read_picture
 
 
 def picture(path, colour=(200, 10, 10)):
@@ -89,9 +89,10 @@ def write_vqa_med_2021(root):
 
 
 def write_pmc_vqa(root):
+    """After the set's card: answer without its letter in `Anwser`, choices with theirs, the letter in Answer_label."""
     picture(root / "images" / "PMC1_F1.jpg")
     (root / "test.csv").write_text(
-        "Figure_path,Caption,Question,Choice A ,Choice B ,Choice C ,Choice D ,Answer,Answer_label\n"
+        "Figure_path,Caption,Question,Choice A ,Choice B ,Choice C ,Choice D ,Anwser,Answer_label\n"
         "PMC1_F1.jpg,c,What is shown?, A:Liver , B:Lung ,C:Brain,D:Bone, Lung ,B\n"
         "PMC1_F1.jpg,c,What is not?, A:Liver , B:Lung ,C:Brain,D:Bone, Skin ,E\n"
     )
@@ -190,6 +191,157 @@ def test_options_lose_their_letters_and_an_answer_must_be_one(tmp_path):
     assert table.rows[0].options == ("Liver", "Lung", "Brain", "Bone")
     assert table.rows[0].answer == "Lung"
     assert table.dropped == {"answer_not_an_option": 1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells"),
+    [
+        ("Anwser", " B:Lung "),
+        ("Answer", " Lung "),
+        ("Answer", "B"),
+        ("Anwser,Anwser_label", "Lung,B"),
+    ],
+)
+def test_pmc_vqa_s_answer_is_found_in_each_of_its_spellings(tmp_path, columns, cells):
+    picture(tmp_path / "images_2" / "figures" / "PMC1_F1.jpg")
+    (tmp_path / "test_2.csv").write_text(
+        f"index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,{columns}\n"
+        f"0,PMC1_F1.jpg,c,What is shown?, A:Liver , B:Lung , C:Brain , D:Bone ,{cells}\n"
+    )
+    (row,) = read_questions(tmp_path, "pmc_vqa").rows
+    assert (row.answer, row.split, row.answer_type) == ("Lung", "test", "closed")
+
+
+def test_pmc_vqa_s_repeated_test_set_is_a_split_of_its_own(tmp_path):
+    write_pmc_vqa(tmp_path)
+    (tmp_path / "test_clean.csv").write_bytes((tmp_path / "test.csv").read_bytes())
+    (tmp_path / "train_2.csv").write_bytes((tmp_path / "test.csv").read_bytes())
+    assert [row.split for row in read_questions(tmp_path, "pmc_vqa").rows] == ["test", "test_clean", "train_2"]
+
+
+def test_vqa_med_as_its_test_sets_are_published(tmp_path):
+    """Rows of the files of 2019 (CC BY 4.0, Ben Abacha et al.), 2020 and 2021, with made-up pictures."""
+    folder = tmp_path / "2019" / "VQAMed2019Test"
+    for name in ("synpic54082", "synpic58746", "synpic35645", "synpic31015"):
+        picture(folder / "VQAMed2019_Test_Images" / f"{name}.jpg")
+    (folder / "VQAMed2019_Test_Questions.txt").write_text("synpic54082|what modality is shown?\n")
+    (folder / "VQAMed2019_Test_Questions_w_Ref_Answers.txt").write_text(
+        "synpic54082|modality|what modality is shown?|cta - ct angiography\n"
+        "synpic58746|modality|is this a contrast or noncontrast ct?|contrast\n"
+        "synpic35645|plane|what plane is this film|frontal\n"
+        "synpic31015|organ|which organ is captured by this mri?|face, sinuses, and neck\n"
+    )
+    table = read_questions(tmp_path / "2019", "vqa_med")
+    assert [(row.content_type, row.answer, row.split) for row in table.rows] == [
+        ("modality", "cta - ct angiography", "test"), ("modality", "contrast", "test"), ("plane", "frontal", "test"),
+        ("organ", "face, sinuses, and neck", "test"),
+    ]  # fmt: skip
+    assert not table.dropped
+    folder = tmp_path / "2020"
+    for name in ("synpic26840", "synpic38375"):
+        picture(folder / f"{name}.jpg")
+    (folder / "VQAMed2020-Task1-VQAnswering-Test-Questions.txt").write_text(
+        "synpic26840|are there abnormalities in this mri?\nsynpic38375|what is most alarming about this mri?\n"
+    )
+    (folder / "VQAMed2020-Task1-VQAnswering-Test-ReferenceAnswers.txt").write_text(
+        "synpic26840|no\nsynpic38375|orbit,  hemangioma\n"
+    )
+    (folder / "README_VQAMed2020-Task1-VQA.txt").write_text("image|question\n")
+    rows = read_questions(folder, "vqa_med").rows
+    assert [(row.answer, row.answer_type) for row in rows] == [("no", "closed"), ("orbit, hemangioma", "open")]
+    folder = tmp_path / "2021"
+    picture(folder / "synpic51484.jpg")
+    (folder / "Task1-VQA-2021-TestSet-Questions.txt").write_text("synpic51484|what is abnormal in the x-ray?\n")
+    (folder / "Task1-VQAnswering2021-Test-ReferenceAnswers-4Evaluator.txt").write_text(
+        "synpic51484|osteopoikilosis|osteosclerotic lesions\n"
+    )
+    (row,) = read_questions(folder, "vqa_med").rows
+    assert (row.answer, row.also_accepted) == ("osteopoikilosis", ("osteosclerotic lesions",))
+
+
+def test_slake_as_its_validation_set_is_published(tmp_path):
+    """Rows of validate.json (CC BY 4.0, Liu et al. 2021), whose ids count through all files, with a made-up picture."""
+    picture(tmp_path / "imgs" / "xmlab0" / "source.jpg")
+    row = {
+        "img_id": 0, "img_name": "xmlab0/source.jpg", "question": "What modality is used to take this image?",
+        "answer": "MRI", "q_lang": "en", "location": "Abdomen", "modality": "MRI", "answer_type": "OPEN",
+        "base_type": "vqa", "content_type": "Modality", "triple": ["vhead", "_", "_"], "qid": 9835,
+    }  # fmt: skip
+    closed = row | {"question": "Does the picture contain liver?", "answer": "Yes", "answer_type": "CLOSED",
+                    "content_type": "Organ", "qid": 9840}  # fmt: skip
+    for name in ("train", "validate", "test"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row, closed] if name == "validate" else [row]))
+    table = read_questions(tmp_path, "slake", language="en").split("validation")
+    assert [(r.answer, r.answer_type, r.content_type, r.modality) for r in table.rows] == [
+        ("MRI", "open", "Modality", "MRI"), ("Yes", "closed", "Organ", "MRI")
+    ]  # fmt: skip
+
+
+def test_omnimed_vqa_by_access_with_a_misspelt_modality_and_missing_pictures(tmp_path):
+    picture(tmp_path / "Images" / "Chest CT Scan" / "test" / "1.png")
+    row = {
+        "dataset": "Chest CT Scan", "question_id": "Chest CT Scan_0001", "question_type": "Disease Diagnosis",
+        "question": "What is the diagnosis?", "gt_answer": "Adenocarcinoma", "option_A": "Adenocarcinoma",
+        "option_B": "Normal", "option_C": "Large cell carcinoma", "option_D": "Squamous cell carcinoma",
+        "image_path": "Images/Chest CT Scan/test/1.png", "modality": "CT(Computed Tomography)",
+    }  # fmt: skip
+    below = row | {"question_id": "2", "image_path": "Chest CT Scan/test/1.png"}
+    absent = row | {"question_id": "3", "image_path": "Images/Restricted/9.png"}
+    for folder, rows in (("Open-access", [row, below]), ("Restricted-access", [absent])):
+        (tmp_path / "QA_information" / folder).mkdir(parents=True)
+        (tmp_path / "QA_information" / folder / "Chest CT Scan.json").write_text(json.dumps(rows))
+    table = read_questions(tmp_path, "omnimed_vqa")
+    assert {row.image for row in table.rows} == {"Images/Chest CT Scan/test/1.png"}
+    assert {row.modality for row in table.rows} == {"CT(Computed Tomography)"}
+    assert len(table.rows[0].options) == 4
+    assert table.dropped == {"image_missing": 1}
+
+
+def raw(**changes):
+    row = {"question_id": "1", "image": "a.png", "question": "Is it?", "answer": "yes", "answer_type": "closed"}
+    return row | changes
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"image": None}, "no_image"), ({"image": "gone.png"}, "image_missing"), ({"question": " \t"}, "no_question"),
+        ({"answer": float("nan")}, "no_answer"), ({"question_id": "0"}, "duplicate_id"),
+        ({"options": ["no", "maybe"]}, "answer_not_an_option"),
+    ],
+)  # fmt: skip
+def test_a_question_that_cannot_be_asked_is_one_counted_row(bad, reason):
+    table = assemble("set", ".", [raw(question_id="0"), raw(**bad)], exists=lambda image: image == "a.png")
+    assert table.dropped == {reason: 1}
+    assert len(table.rows) == 1
+
+
+def test_images_without_questions_are_counted():
+    table = assemble("set", ".", [raw()], exists=lambda image: True, pictures=["a.png", "b.png", "c.png"])
+    assert table.notes["images_without_questions"] == 2
+
+
+@pytest.mark.parametrize(("answer", "text"), [(3, "3"), (2.0, "2"), (0.5, "0.5"), (True, "yes"), (False, "no")])
+def test_a_numeric_answer_becomes_its_text(answer, text):
+    table = assemble("set", ".", [raw(answer=answer)], exists=lambda image: True)
+    assert table.rows[0].answer == text
+    assert table.notes.get("numeric_answer", 0) == (not isinstance(answer, bool))
+
+
+def test_trailing_blanks_in_types_are_trimmed_and_counted():
+    rows = [raw(question_id=str(i), answer_type=t) for i, t in enumerate(("CLOSED ", "OPEN\t", "closed", "Choice"))]
+    table = assemble("set", ".", rows, exists=lambda image: True)
+    assert [row.answer_type for row in table.rows] == ["closed", "open", "closed", "closed"]
+    assert table.notes == {"type_trimmed": 2, "unknown_answer_type": 1, "answer_type_inferred": 1}
+
+
+def test_the_wording_of_vqa_rad_s_questions_chooses_some(tmp_path):
+    table = table_of(tmp_path, "vqa_rad_mevf")
+    assert {row.phrase_type for row in table.rows} == {"freeform", "para"}
+    assert [row.question_id for row in table.worded("para").rows] == ["test-1"]
+    assert table.worded(None).rows == table.rows
+    with pytest.raises(DataError, match=r"no question of phrase type frame \(found freeform, para\)"):
+        table.worded("frame")
 
 
 def test_equal_bytes_are_one_image(tmp_path):

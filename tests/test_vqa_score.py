@@ -63,6 +63,54 @@ def test_a_file_of_predictions_gives_a_published_figure_back(tmp_path, open_righ
     assert values == pytest.approx(published, abs=0.05)
 
 
+MEVF_TYPES = {
+    "COUNT": (1, 1, 2, 0), "COLOR": (0, 0, 3, 3), "ORGAN": (8, 3, 2, 2), "PRES": (30, 11, 83, 70),
+    "PLANE": (11, 7, 12, 5), "MODALITY": (14, 4, 15, 10), "POS": (36, 22, 3, 1), "ABN": (9, 4, 25, 18),
+    "SIZE": (3, 2, 27, 23), "OTHER": (11, 0, 9, 3), "ATTRIB": (2, 1, 7, 7),
+}  # fmt: skip
+"""Open questions, right open answers, closed questions, right closed answers: the tables that MEVF's released model
+(BAN) printed for VQA-RAD's freeform test questions, in emmali808/BESTMVQA @ cc5a078f, MEVF/.../results/BAN_MEVF."""
+MEVF_PRINTED = {
+    "COUNT": 33.3, "COLOR": 100.0, "ORGAN": 50.0, "PRES": 71.7, "PLANE": 52.2, "MODALITY": 48.3, "POS": 59.0,
+    "ABN": 64.7, "SIZE": 83.3, "OTHER": 15.0, "ATTRIB": 88.9,
+}  # fmt: skip
+MEVF_TWICE = {("open", True): 1, ("open", False): 1, ("closed", True): 3, ("closed", False): 0}
+"""Questions of two types, by type and outcome: the type tables sum to that many more than the totals."""
+
+
+def test_a_file_with_mevf_s_counts_gives_every_figure_it_printed(tmp_path):
+    """43.9 open, 75.1 closed, 62.7 overall (Nguyen et al. 2019, table 2), and the accuracy of each content type.
+
+    The model's single answers were not published: which question of a type was answered rightly is made up, the counts
+    are not. Questions of two types are merged from two types that both have one of that outcome.
+    """
+    cells = []
+    for kind, at in (("open", 0), ("closed", 2)):
+        for right in (True, False):
+            count = {t: c[at + 1] if right else c[at] - c[at + 1] for t, c in MEVF_TYPES.items()}
+            merged = MEVF_TWICE[kind, right]
+            for i in range(merged):
+                first, second = [t for t, c in sorted(count.items(), key=lambda item: -item[1])][i : i + 2]
+                cells.append((kind, right, f"{first}, {second}"))
+                count[first], count[second] = count[first] - 1, count[second] - 1
+            cells += [(kind, right, t) for t, c in count.items() for _ in range(c)]
+    assert len(cells) == 308
+    rows, said = [], []
+    for i, (kind, right, types) in enumerate(cells):
+        truth = "Yes" if kind == "closed" else "The left lung."
+        rows.append(ask(i, truth, kind, f"{i % 203}.png", content_type=types, phrase_type="freeform"))
+        said.append({"question_id": str(i), "answer": truth.lower() if right else "lung"})
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in said))
+    found = score_answers(table(*rows), read_answers(path), resamples=100)
+    printed = {"accuracy": 62.7, "accuracy/open": 43.9, "accuracy/closed": 75.1}
+    assert {name: round(100 * found["metrics"][name]["value"], 1) for name in printed} == printed
+    parts = found["parts"]["content_type"]
+    assert {name: round(100 * one["value"], 1) for name, one in parts.items()} == MEVF_PRINTED
+    assert {name: one["n"] for name, one in parts.items()} == {t: c[0] + c[2] for t, c in MEVF_TYPES.items()}
+    assert found["parts"]["phrase_type"]["freeform"]["n"] == 308
+
+
 def test_scores_by_part_ceiling_and_paraphrases_by_hand():
     rows = (
         ask(0, "yes", image="a", content_type="PRES", organ="HEAD", phrase_id="p"),

@@ -2,8 +2,9 @@
 
 Reads a folder and the name of its layout; nothing is unpacked, renamed or downloaded. Each reader is a generator of
 raw rows with the fields of `Question`; `questions.assemble` checks and counts them. Pickles (PathVQA) are opened by an
-unpickler that knows no classes, so no file can run code. Formats marked (from memory) were not seen on disk while this
-was written: VQA-Med's, PMC-VQA's and OmniMedVQA's.
+unpickler that knows no classes, so no file can run code. Each reader says how far its format was checked: VQA-RAD in
+MEVF's packaging on the whole real set; SLAKE and VQA-Med's questions and answers against rows of the published files;
+PMC-VQA and OmniMedVQA against their descriptions and the code of others; none of the last four with its images.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def _rad_row(row: Row, image: str, split: str) -> Row:
         "question_id": row.get("qid"), "image": image, "question": row.get("question"), "answer": row.get("answer"),
         "answer_type": row.get("answer_type"), "organ": row.get("image_organ"), "split": split,
         "content_type": _rad_type(row.get("question_type")),
+        "phrase_type": str(row.get("phrase_type") or "").strip().removeprefix("test_"),
     }  # fmt: skip
 
 
@@ -125,6 +127,7 @@ def _read_rad_mevf(root: Path) -> Iterator[Row]:
 
 
 def _read_slake(root: Path) -> Iterator[Row]:
+    """SLAKE 1.0, after the published validate.json: ids count through all files, the picture is xmlabN/source.jpg."""
     for name, split in (("train", "train"), ("validate", "validation"), ("test", "test")):
         for row in _read_json(_find(root, f"{name}.json", "slake")[0]):
             image = str(row.get("img_name") or "").strip()
@@ -179,15 +182,19 @@ _AUXILIARIES = frozenset("is are was were do does did has have had can could wil
 
 
 def _read_vqa_med(root: Path) -> Iterator[Row]:
-    """VQA-Med 2019 to 2021 (from memory): `image|question|answer`, 2019's test with a category before the question.
+    """VQA-Med 2019 to 2021: `image|question|answer`, 2019's test with a category before the question.
 
-    A test set of 2020 or 2021 comes as questions (`image|question`) and reference answers (`image|answer|answer...`).
+    After the published test files of the three years: those of 2020 and 2021 come as questions (`image|question`) and
+    reference answers (`image|answer|answer...`), 2019's once without and once with answers, of which the first is left
+    out. Training and validation files (`image|question|answer`) were known from others' code alone.
     """
     places = {path.stem: path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _PICTURES}
     references: dict[str, list[str]] = {}
     lines: list[tuple[Path, int, list[str]]] = []
-    for path in _find(root, "*.txt", "vqa_med"):
-        if "readme" in path.name.lower() or "ByCategory" in path.as_posix():
+    found = _find(root, "*.txt", "vqa_med")
+    answered = {path.stem.removesuffix(_WITH_ANSWERS) for path in found if path.stem.endswith(_WITH_ANSWERS)}
+    for path in found:
+        if "readme" in path.name.lower() or "ByCategory" in path.as_posix() or path.stem in answered:
             continue
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         cells = [
@@ -212,6 +219,9 @@ def _read_vqa_med(root: Path) -> Iterator[Row]:
         }  # fmt: skip
 
 
+_WITH_ANSWERS = "_w_Ref_Answers"
+
+
 def _split_in(text: str) -> str:
     name = text.lower()
     for mark, split in (("test", "test"), ("val", "validation"), ("train", "train")):
@@ -221,37 +231,61 @@ def _split_in(text: str) -> str:
 
 
 def _read_pmc_vqa(root: Path) -> Iterator[Row]:
-    """CSV of questions with four choices (from memory); the label is a letter, the choices begin with theirs."""
-    places = {path.name: path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _PICTURES}
-    for path in _find(root, "*.csv", "pmc_vqa"):
+    """CSV of questions with four choices, which begin with their letter; the label is a letter.
+
+    After the set's card, which spells the answer's column `Anwser`, and its authors' loader; the files themselves were
+    not seen. The split is the file's name (train, test, test_clean, and train_2 and test_2 of the second version),
+    because test_clean.csv repeats questions of test.csv; a folder of the second version alone has train and test.
+    """
+    base = root if root.is_dir() else root.parent
+    places = {path.name: path.relative_to(base).as_posix() for path in base.rglob("*") if path.suffix in _PICTURES}
+    files = _find(root, "*.csv", "pmc_vqa") if root.is_dir() else [root]
+    second = all(path.stem.endswith("_2") for path in files)
+    for path in files:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for number, raw in enumerate(csv.DictReader(file), 2):
                 row = {(key or "").strip(): (value or "").strip() for key, value in raw.items() if key}
                 letters = [f"Choice {letter}" for letter in "ABCD"]
-                choices = {name[-1]: re.sub(r"^[A-D]\s*:\s*", "", row[name]) for name in letters if row.get(name)}
-                label = (row.get("Answer_label") or row.get("Answer", "")).strip().upper()
+                choices = {name[-1]: _without_letter(row[name]) for name in letters if row.get(name)}
+                said = row.get("Answer") or row.get("Anwser", "")
+                label = (row.get("Answer_label") or row.get("Anwser_label") or said).upper()
                 image = row.get("Figure_path", "")
                 yield {
                     "where": f"{path.name}:{number}", "question_id": f"{path.stem}-{number}",
                     "image": image and places.get(image, image), "question": row.get("Question"),
-                    "answer": choices.get(label, row.get("Answer")), "options": list(choices.values()),
-                    "answer_type": "closed", "split": _split_in(path.stem),
+                    "answer": choices.get(label, _without_letter(said)), "options": list(choices.values()),
+                    "answer_type": "closed", "split": path.stem.removesuffix("_2") if second else path.stem,
                 }  # fmt: skip
 
 
+def _without_letter(choice: str) -> str:
+    return re.sub(r"^[A-D]\s*:\s*", "", choice)
+
+
 def _read_omnimed(root: Path) -> Iterator[Row]:
-    """JSON lists of questions with up to four options (from memory)."""
+    """QA_information/*/*.json: lists of questions with up to four options, all of them test questions.
+
+    After others' loaders, one of which notes that a file says `modality` for `modality_type`; the files themselves were
+    not seen. Of questions on restricted data the pictures are not in the release: they are counted as missing.
+    """
     for path in _find(root, "*.json", "omnimed_vqa"):
         for number, row in enumerate(_read_json(path)):
             if "gt_answer" not in row:
                 break
             yield {
                 "where": f"{path.name}[{number}]", "question_id": row.get("question_id") or f"{path.stem}-{number}",
-                "image": row.get("image_path"), "question": row.get("question"), "answer": row.get("gt_answer"),
+                "image": _omnimed_image(root, row.get("image_path")), "question": row.get("question"),
+                "answer": row.get("gt_answer"),
                 "options": [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")],
                 "answer_type": "closed", "content_type": row.get("question_type"), "organ": row.get("dataset"),
                 "modality": row.get("modality_type") or row.get("modality"), "split": "test",
             }  # fmt: skip
+
+
+def _omnimed_image(root: Path, path: Any) -> str:
+    """Paths begin with Images/, in some copies below it."""
+    text = str(path or "").strip()
+    return f"Images/{text}" if text and not (root / text).is_file() and (root / "Images" / text).is_file() else text
 
 
 def _read_huggingface(root: Path) -> Iterator[Row]:

@@ -51,6 +51,8 @@ class Question:
     """The image, by path or by the hash of its bytes: what resampling keeps together."""
     phrase_id: str | None = None
     """Questions with one phrase id ask the same in other words."""
+    phrase_type: str = ""
+    """How the question was worded, where the data says: VQA-RAD's `freeform`, `para`, `frame`."""
     language: str = "en"
 
 
@@ -82,6 +84,14 @@ class QuestionTable:
             known = ", ".join(sorted({row.split or "(none)" for row in self.rows})) or "no questions at all"
             raise DataError(self.name, f"has no question in split {' or '.join(names)}", found=known)
         return replace(self, rows=rows, drops=(), notes={})
+
+    def worded(self, phrase_type: str | None) -> QuestionTable:
+        """The questions of this phrase type, all for None. Raises DataError where there are none."""
+        rows = tuple(row for row in self.rows if phrase_type in (None, row.phrase_type))
+        if not rows:
+            known = ", ".join(sorted({row.phrase_type for row in self.rows} - {""})) or "no phrase types"
+            raise DataError(self.name, f"has no question of phrase type {phrase_type}", found=known)
+        return replace(self, rows=rows)
 
     def manifest(self) -> Manifest:
         """Every image once, as the evaluator's embedding takes it; pictures are fetched by `read_picture`."""
@@ -145,7 +155,8 @@ def _check(values: dict[str, Any], notes: Counter[str]) -> tuple[Question | None
             return None, "no_answer"
         notes["numeric_answer"] += 1
         answer = int(answer) if float(answer).is_integer() else answer
-    text = {key: _text(values.get(key)) for key in ("image", "question", "content_type", "modality", "organ", "split")}
+    names = ("image", "question", "content_type", "modality", "organ", "split", "phrase_type")
+    text = {key: _text(values.get(key)) for key in names}
     answer = _text("yes" if answer is True else "no" if answer is False else answer)
     if not text["image"]:
         return None, "no_image"

@@ -28,20 +28,20 @@ RANDOM = "random:"
 
 def rank_models(
     data: Path, models: Sequence[str], out: Path, *, layout: str, language: str | None = None, split: str = "test",
-    resamples: int = 2000, progress: Progress = silent,
+    phrase_type: str | None = None, resamples: int = 2000, progress: Progress = silent,
 ) -> str:  # fmt: skip
     """The table of all models scored in `out`. Raises DataError where the data cannot be asked."""
     from biomedclip.evaluation.vqa.rank import rank_answers
     from biomedclip.models.load import load
 
     table = read_questions(data, layout, language=language)
-    scored = table.split(split)
+    scored = table.split(split).worded(phrase_type)
     known = [row.answer for row in table.rows if row.split == "train"]
     device = choose_device("auto")
     for name in models:
         loaded = load(name.removeprefix(RANDOM), device=device, random_init=name.startswith(RANDOM))
         answers, shuffled = rank_answers(scored, known, *loaded, name=name, device=device, progress=progress)
-        found = score_with_baselines(table, split, answers, {"shuffled_image": shuffled}, resamples)
+        found = score_with_baselines(table, scored, answers, {"shuffled_image": shuffled}, resamples)
         folder = out / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model")
         rows = [{"question_id": key, "answer": said, "shuffled": shuffled[key]} for key, said in answers.items()]
         write_text(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -68,12 +68,16 @@ def run_suite(root: Path | None, model: str, out: Path, *, progress: Progress = 
 
 
 def score_with_baselines(
-    table: QuestionTable, split: str, answers: Mapping[str, str], more: Mapping[str, Mapping[str, str]], resamples: int
-) -> dict[str, Any]:
-    """Scores of answers with baselines and differences from them; majority and words only with a training split."""
-    scored = table.split(split)
+    table: QuestionTable, scored: QuestionTable, answers: Mapping[str, str], more: Mapping[str, Mapping[str, str]],
+    resamples: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of answers to the `scored` questions of `table`, with baselines and differences from them.
+
+    Majority and words need a training split, and that its questions are not the scored ones.
+    """
     others = dict(more)
-    train = table.split("train") if split != "train" and any(row.split == "train" for row in table.rows) else None
+    learnable = any(row.split == "train" for row in table.rows) and all(row.split != "train" for row in scored.rows)
+    train = table.split("train") if learnable else None
     if train is not None:
         others |= {"majority": answer_majority(train, scored), "question_words": answer_from_words(train, scored)}
     known = [row.answer for row in train.rows] if train else None

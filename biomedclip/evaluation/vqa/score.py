@@ -29,7 +29,7 @@ from biomedclip.files import split_lines
 Floats = NDArray[np.float64]
 Answers = Mapping[str, str]
 """Question id -> answer."""
-PARTS = ("content_type", "modality", "organ")
+PARTS = ("content_type", "modality", "organ", "phrase_type")
 _SOFT = ("token_precision", "token_recall", "token_f1", "bleu_1")
 
 
@@ -72,7 +72,8 @@ def score_answers(
     """All numbers of one set of answers, with percentile intervals over images.
 
     `metrics`: accuracy, accuracy/open, accuracy/closed, and token_precision, token_recall, token_f1 and bleu_1 of open
-    questions. `parts`: accuracy by content type, modality and organ. `unseen_answer_ceiling`: the accuracy of a model
+    questions. `parts`: accuracy by content type (a question of two types counts in both), modality, organ and phrase
+    type. `unseen_answer_ceiling`: the accuracy of a model
     that answers every question whose answer is among `train_answers`, and no other. `paraphrase_consistency`: the share
     of pairs that ask the same of one image and have the same truth, which got one answer.
     """
@@ -174,9 +175,16 @@ def _masks(rows: Sequence[Question]) -> dict[str, NDArray[np.bool_]]:
     types = np.asarray([row.answer_type for row in rows])
     masks |= {f"accuracy/{kind}": types == kind for kind in ("open", "closed") if (types == kind).any()}
     for part in PARTS:
-        values = np.asarray([getattr(row, part) for row in rows])
-        masks |= {f"{part}={value}": values == value for value in np.unique(values).tolist() if value}
+        values = [_kinds(row, part) for row in rows]
+        for value in sorted(set().union(*values)):
+            masks[f"{part}={value}"] = np.asarray([value in found for found in values])
     return masks
+
+
+def _kinds(row: Question, part: str) -> frozenset[str]:
+    """The values of a part that a question counts for; VQA-RAD gives some questions two content types."""
+    text = getattr(row, part)
+    return frozenset(text.split(", ") if part == "content_type" else [text]) - {""}
 
 
 def _ratio(earned: Floats, mask: NDArray[np.bool_], resampler: Resampler) -> UnitSums:

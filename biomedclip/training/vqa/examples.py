@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from biomedclip.errors import DataError
+from biomedclip.errors import ConfigError, DataError
 from biomedclip.evaluation.vqa.normalise import normalise, tokens
 from biomedclip.evaluation.vqa.questions import Question, QuestionTable
 from biomedclip.training.vqa.module import CLOSED
+from biomedclip.training.vqa.words import WordScores
 
 UNKNOWN = 1
 """Id of a word that the training questions do not have; 0 is no word."""
@@ -59,11 +60,13 @@ class Examples:
     """(N,) index, -1 for an answer that is not in the vocabulary."""
     kind: Tensor
     """(N,) 0 closed, 1 open."""
+    start: Tensor
+    """(N, answers + 1) scores by the question's words alone, the last of being open; (N, 0) where none are used."""
     cut: int = 0
     """Questions longer than L words."""
 
 
-def divide(table: QuestionTable, share: float) -> Splits:
+def divide(table: QuestionTable, share: float, fold: int = 0) -> Splits:
     """Training, validation and test questions. Raises DataError where one of them would be empty."""
     train, test = table.split("train"), table.split("test")
     if any(row.split == "validation" for row in table.rows):
@@ -71,7 +74,11 @@ def divide(table: QuestionTable, share: float) -> Splits:
     groups = sorted({row.group for row in train.rows}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     if len(groups) < 2:
         raise DataError(table.name, "needs two or more training images to hold one out", found=f"{len(groups)} image")
-    held = set(groups[: max(1, round(share * len(groups)))])
+    size = max(1, round(share * len(groups)))
+    held = set(groups[fold * size : (fold + 1) * size])
+    if not held:
+        raise ConfigError("data.validation_fold", "lies beyond the last image", found=fold,
+                          todo=f"0 to {(len(groups) - 1) // size} with this share")  # fmt: skip
     return Splits(
         train=replace(train, rows=tuple(row for row in train.rows if row.group not in held)),
         validation=replace(train, rows=tuple(row for row in train.rows if row.group in held)), test=test, carved=True,
@@ -101,4 +108,27 @@ def encode(rows: Sequence[Question], vocabulary: Vocabulary, places: dict[str, i
     answers = [(closed if row.answer_type == "closed" else opened).get(normalise(row.answer), -1) for row in rows]
     kinds = [CLOSED if row.answer_type == "closed" else 1 - CLOSED for row in rows]
     return Examples(image=torch.tensor([places[row.image] for row in rows]), words=words,
-                    answer=torch.tensor(answers), kind=torch.tensor(kinds), cut=cut)  # fmt: skip
+                    answer=torch.tensor(answers), kind=torch.tensor(kinds), start=torch.zeros(len(rows), 0),
+                    cut=cut)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one fit needs: rows to learn from with the vocabulary they give, and rows to answer."""
+
+    vocabulary: Vocabulary
+    train: Examples
+    answered: tuple[Examples, ...]
+
+
+def stage(train: Sequence[Question], answered: Sequence[Sequence[Question]], places: dict[str, int], max_words: int,
+          *, words_first: bool) -> Stage:  # fmt: skip
+    """Tensors of a fit on `train` that answers the other tables; vocabulary and word scores come from `train` alone."""
+    vocabulary = learn_vocabulary(train)
+    first, *rest = (encode(rows, vocabulary, places, max_words) for rows in (train, *answered))
+    if words_first:
+        scores = WordScores(train, first.answer, first.kind, len(vocabulary.answers))
+        first = replace(first, start=scores.of_own())
+        found = scores.of(*answered)
+        rest = [replace(part, start=start) for part, start in zip(rest, found, strict=True)]
+    return Stage(vocabulary=vocabulary, train=first, answered=tuple(rest))

@@ -1,9 +1,10 @@
-"""Three heads: features of a picture and words of a question to one logit an answer.
+"""Three heads: features of a picture's regions and words of a question to one logit an answer.
 
-concat: [v, q, v q, |v - q|] through an MLP. qcr: bilinear attention between picture and words (Kim et al. 2018), then
-reasoning conditioned on the question, apart for open and closed answers (Zhan et al. 2020), as PubMedCLIP used it.
-transformer: the picture and the words as one sequence. All read the same words with the same embedding, answer from the
-same vocabulary, closed answers first, and guess the question's type from its words, so that only the fusion differs.
+concat: [v, q, v q, |v - q|] through an MLP, the regions side by side. qcr: bilinear attention between regions and words
+(Kim et al. 2018), then reasoning conditioned on the question, apart for open and closed answers (Zhan et al. 2020), as
+PubMedCLIP used it with one region. transformer: regions and words as one sequence. All read the same words with the
+same embedding, answer from the same vocabulary, closed answers first, and guess the question's type from its words, so
+that only the fusion differs. Shape letters beside the design's: R regions, W width of the head.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ def mlp(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential
 class ConcatFusion(nn.Module):
     """Concatenation, product and difference of picture and question."""
 
-    def __init__(self, config: VqaHeadConfig, image_width: int, closed: int, opened: int) -> None:
+    def __init__(self, config: VqaHeadConfig, image_width: int, regions: int, closed: int, opened: int) -> None:
         super().__init__()
-        self.image = nn.Linear(image_width, config.width)
+        self.image = nn.Linear(regions * image_width, config.width)
         self.answer = mlp(4 * config.width, config.width, closed + opened, config.dropout)
 
     def forward(self, image: Tensor, states: Tensor, last: Tensor, mask: Tensor) -> Tensor:
         """(B, closed + open) logits."""
-        v = torch.tanh(self.image(image))
+        v = torch.tanh(self.image(image.flatten(1)))
         return self.answer(torch.cat([v, last, v * last, (v - last).abs()], 1))  # type: ignore[no-any-return]
 
 
 class QcrFusion(nn.Module):
-    """Bilinear attention over words in several glimpses, then a gate by the attended question for each answer type."""
+    """Bilinear attention of regions and words in several glimpses, then a gate by the question for each answer type."""
 
-    def __init__(self, config: VqaHeadConfig, image_width: int, closed: int, opened: int) -> None:
+    def __init__(self, config: VqaHeadConfig, image_width: int, regions: int, closed: int, opened: int) -> None:
         super().__init__()
         width = config.width
         self.attend_image, self.attend_words = nn.Linear(image_width, width), nn.Linear(width, width)
@@ -66,11 +67,14 @@ class QcrFusion(nn.Module):
         self.answers = nn.ModuleList(mlp(width, width, size, config.dropout) for size in (closed, opened))
 
     def forward(self, image: Tensor, states: Tensor, last: Tensor, mask: Tensor) -> Tensor:
-        """(B, closed + open) logits. The picture is one region: its pooled features, as PubMedCLIP's."""
-        joint = torch.tanh(self.attend_image(image))[:, None] * torch.tanh(self.attend_words(states))
-        weights = self.glimpse(joint).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        """(B, closed + open) logits."""
+        seen, asked = torch.tanh(self.attend_image(image)), torch.tanh(self.attend_words(states))
+        joint = self.glimpse(seen[:, :, None] * asked[:, None])
+        joint = joint.masked_fill(~mask[:, None, :, None], -torch.inf)
+        weights = joint.flatten(1, 2).softmax(1).view_as(joint)
         for g, (image_in, words_in, back) in enumerate(zip(self.join_image, self.join_words, self.back, strict=True)):
-            pooled = (weights[..., g, None] * F.relu(words_in(states))).sum(1) * F.relu(image_in(image))
+            v, q = F.relu(image_in(image)), F.relu(words_in(states))
+            pooled = torch.einsum("brl,brw,blw->bw", weights[..., g], v, q)
             states = states + back(pooled)[:, None]
         fused = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         importance = self.importance(states).masked_fill(~mask[..., None], -torch.inf).softmax(1)
@@ -83,9 +87,9 @@ class QcrFusion(nn.Module):
 
 
 class TransformerFusion(nn.Module):
-    """Self-attention over a summary token, the picture and the words."""
+    """Self-attention over a summary token, the regions and the words."""
 
-    def __init__(self, config: VqaHeadConfig, image_width: int, closed: int, opened: int) -> None:
+    def __init__(self, config: VqaHeadConfig, image_width: int, regions: int, closed: int, opened: int) -> None:
         super().__init__()
         self.image = nn.Linear(image_width, config.width)
         self.summary = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
@@ -98,9 +102,17 @@ class TransformerFusion(nn.Module):
 
     def forward(self, image: Tensor, states: Tensor, last: Tensor, mask: Tensor) -> Tensor:
         """(B, closed + open) logits."""
-        sequence = torch.cat([self.summary.expand(len(image), -1, -1), self.image(image)[:, None], states], 1)
-        hidden = F.pad(~mask, (2, 0), value=False)
+        sequence = torch.cat([self.summary.expand(len(image), -1, -1), self.image(image), states], 1)
+        hidden = F.pad(~mask, (1 + image.shape[1], 0), value=False)
         return self.answer(self.layers(sequence, src_key_padding_mask=hidden)[:, 0])  # type: ignore[no-any-return]
+
+
+def silence(fusion: nn.Module) -> None:
+    """Let a fusion say 0 for every answer until it is trained: what it is added to is then heard first."""
+    last = fusion.answers if isinstance(fusion, QcrFusion) else [fusion.answer]
+    for answer in last:
+        nn.init.zeros_(answer[-1].weight)  # type: ignore[index,arg-type]
+        nn.init.zeros_(answer[-1].bias)  # type: ignore[index,arg-type]
 
 
 FUSIONS = {"concat": ConcatFusion, "qcr": QcrFusion, "transformer": TransformerFusion}

@@ -11,15 +11,16 @@ METRICS = ("accuracy", "accuracy/open", "accuracy/closed")
 def results_table(results: Mapping[str, Any]) -> str:
     """The table, the differences on closed questions, and what a reader must know about the data."""
     lines = [
-        "| encoder | overall | open | closed | closed, another image |",
-        "|---|---|---|---|---|",
+        "| encoder | knows | overall | open | closed | closed, another image |",
+        "|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         cells = [_cell(row["metrics"].get(metric)) for metric in METRICS]
         shuffled = row["metrics"].get("accuracy/closed", {}).get("shuffled")
-        lines.append(f"| {row['encoder']} | {' | '.join(cells)} | {_percent(shuffled)} |")
-    for name, metrics in results["baselines"].items():
-        lines.append(f"| {name} (no head) | {' | '.join(_cell(metrics.get(metric)) for metric in METRICS)} | |")
+        lines.append(f"| {row['encoder']} | {row['knows']} | {' | '.join(cells)} | {_percent(shuffled)} |")
+    for name, entry in results["baselines"].items():
+        cells = [_cell(entry["metrics"].get(metric)) for metric in METRICS]
+        lines.append(f"| {name} (no head) | {entry['knows']} | {' | '.join(cells)} | |")
     lines += ["", "Closed questions, difference with 95 % interval by image and Holm-adjusted p:", ""]
     for row in results["comparisons"]:
         if row["metric"] == "accuracy/closed" and "difference" in row:
@@ -30,14 +31,18 @@ def results_table(results: Mapping[str, Any]) -> str:
                 f" p {row['p_holm']:.3f}{verdict}"
             )
     data, ceiling = results["data"], results["rows"][0]["first_seed"]["unseen_answer_ceiling"]
+    held = " (held out by image)" if data["validation_carved_by_image"] else ""
+    refit = f", {data['fitted']:,} of both to train the heads that answer" if results["refit"] else ""
+    seen = f"{data['test_images_seen_in_training']} of {data['test_images']} scored images also occur in training."
     lines += [
         "",
         f"{data['name']}: {data['train']:,} questions to train on, {data['validation']:,} to choose the epoch"
-        f"{' (held out by image)' if data['validation_carved_by_image'] else ''}, {data['test']:,} scored;"
-        f" {data['test_images_seen_in_training']} of {data['test_images']} test images also occur in training."
-        f" {len(results['seeds'])} seeds; head {results['head']['name']}."
-        f" With answers of the training questions alone {_percent(ceiling['overall'])} can be right at most.",
+        f"{held}{refit}, {data['test']:,} scored; {seen} {len(results['seeds'])} seeds; head"
+        f" {results['head']['name']}. With answers of the training questions alone"
+        f" {_percent(ceiling['overall'])} can be right at most.",
     ]
+    if results["scored"] == "validation":
+        lines.append("The scored questions are the validation questions: for choosing settings, too good to report.")
     return "\n".join(lines)
 
 
