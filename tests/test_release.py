@@ -23,12 +23,13 @@ def test_the_top_of_the_changelog_is_the_version():
 
 def config_model(path):
     from biomedclip.evaluation.config import EvaluateConfig
+    from biomedclip.evaluation.vqa.config import VqaEvaluateConfig
     from biomedclip.training.config import TrainConfig
     from biomedclip.training.vqa.config import VqaTrainConfig
     from data_builders.build import BuildConfig
 
     if path.name.startswith("medvqa"):
-        return VqaTrainConfig
+        return {"train": VqaTrainConfig, "evaluate": VqaEvaluateConfig}[path.parent.name]
     return {"build": BuildConfig, "train": TrainConfig, "evaluate": EvaluateConfig}[path.parent.name]
 
 
