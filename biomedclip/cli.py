@@ -111,13 +111,16 @@ def train(
     ] = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Continually pretrain a CLIP on streamed shards; a config of `task: medvqa` trains answering heads instead."""
+    """Continually pretrain a CLIP on streamed shards; a config of `task: medvqa` or `task: text` trains answering heads
+    or a text tower instead."""
     from biomedclip.config import load_config
+    from biomedclip.train_commands import read_task, train_text_tower
     from biomedclip.training.config import TrainConfig
-    from biomedclip.vqa_commands import is_medvqa, train_heads
+    from biomedclip.vqa_commands import train_heads
 
-    if is_medvqa(config):
-        return train_heads(config, out, overrides or (), resume=resume, show=print_config)
+    others = {"medvqa": train_heads, "text": train_text_tower}
+    if train_other := others.get(read_task(config)):
+        return train_other(config, out, overrides or (), resume=resume, show=print_config)
     settings = load_config(config, TrainConfig, overrides or ())
     if print_config:
         return _print_config(settings)
@@ -138,10 +141,16 @@ def train(
 def evaluate(
     config: ConfigArgument, out: OutOption, overrides: SetOption = None, print_config: PrintOption = False
 ) -> None:
-    """Score a model on tasks: zero-shot classification and retrieval, with intervals."""
+    """Score a model on tasks: zero-shot classification and retrieval, with intervals; a config of `task: medvqa` asks
+    questions about images instead."""
     from biomedclip.config import load_config
     from biomedclip.evaluation.config import EvaluateConfig
     from biomedclip.progress import terminal
+    from biomedclip.train_commands import read_task
+    from biomedclip.vqa_commands import evaluate_questions
+
+    if read_task(config) == "medvqa":
+        return evaluate_questions(config, out, overrides or (), show=print_config)
 
     settings = load_config(config, EvaluateConfig, overrides or ())
     if print_config:

@@ -277,6 +277,22 @@ def data_recipes() -> None:
     typer.echo(recipes_table())
 
 
+@data_app.command("sentences", epilog="Example: biomedclip data sentences articles.tar.gz --recipes --out words.txt")
+def data_sentences(
+    articles: Annotated[list[Path], typer.Argument(metavar="ARTICLES…", help="JATS files, folders or tars of them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The text file to write, a sentence a line.")],
+    recipes: Annotated[bool, typer.Option("--recipes", help="Add the class names of all recipes.")] = False,
+) -> None:
+    """Write the sentences of articles, for a text tower that learns from a sentence encoder (`task: text`)."""
+    from data_builders.sentences import write_sentences
+
+    counts = write_sentences(articles, out, recipes=recipes)
+    typer.echo(f"{out}: {counts['sentences']:,} sentences")
+    for reason, count in sorted(counts.items()):
+        if reason != "sentences":
+            typer.echo(f"  {count:>9,} {reason}")
+
+
 @data_app.command("report", epilog="Example: biomedclip data report shards/pmc --out report.html")
 def data_report(
     folder: Annotated[Path, typer.Argument(help="A dataset folder, or a folder of units.")],

@@ -6,6 +6,7 @@ As thin as `cli.py`, of which this is a part: every command imports its work ins
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,3 +64,31 @@ def print_forecast(config: TrainConfig, out: Path | None, *, samples_s: float | 
     from biomedclip.training.preflight_table import forecast_text
 
     typer.echo(forecast_text(found))
+
+
+def read_task(config: Path) -> str:
+    """What a train config trains: its first key `task`, or '' for pretraining."""
+    from biomedclip.config import read_yaml
+
+    values = read_yaml(config)
+    return str(values.get("task", "")) if isinstance(values, dict) else ""
+
+
+def train_text_tower(config: Path, out: Path | None, overrides: Sequence[str], *, resume: bool, show: bool) -> None:
+    """Train the text tower of a config and say how near it came to its teacher; `show` prints the config instead."""
+    from biomedclip.config import load_config
+    from biomedclip.training.text.config import TextTrainConfig
+
+    settings = load_config(config, TextTrainConfig, overrides)
+    if show:
+        from biomedclip.runs import dump_config
+
+        return typer.echo(dump_config(settings), nl=False)
+    if out is None:
+        raise ConfigError("--out", "is missing", todo="name the folder of the run: --out runs/text")
+    from biomedclip.progress import terminal
+    from biomedclip.training.text.train import train_text
+
+    found = train_text(settings, out, resume=resume, progress=terminal)
+    typer.echo(f"{found.final}: cosine to the teacher {found.cosine:.3f}, its nearest neighbour found in "
+               f"{found.neighbours:.1%} of {found.held_out:,} held-out sentences")  # fmt: skip

@@ -22,6 +22,9 @@ LayoutOption = Annotated[str, typer.Option("--layout", "-l", help="vqa_rad, vqa_
                                            "pmc_vqa, omnimed_vqa, huggingface or jsonl.")]  # fmt: skip
 LanguageOption = Annotated[str | None, typer.Option("--language", help="Only questions of this language: en, zh.")]
 SplitOption = Annotated[str, typer.Option("--split", help="The split that is scored.")]
+PhraseOption = Annotated[
+    str | None, typer.Option("--phrase-type", help="Only questions worded so: freeform or para of VQA-RAD.")
+]
 ResamplesOption = Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples, over images.")]
 
 
@@ -49,6 +52,7 @@ def vqa_score(
     layout: LayoutOption = "jsonl",
     language: LanguageOption = None,
     split: SplitOption = "test",
+    phrase_type: PhraseOption = None,
     resamples: ResamplesOption = 2000,
 ) -> None:
     """Score a file of answers: exact match, token scores, parts, ceiling, baselines, with intervals; as JSON."""
@@ -57,7 +61,13 @@ def vqa_score(
     from biomedclip.evaluation.vqa.score import read_answers
 
     table = read_questions(data, layout, language=language)
-    found = score_with_baselines(table, split, read_answers(answers), {}, resamples)
+    scored = table.split(split)
+    said, worded = read_answers(answers), scored.worded(phrase_type)
+    if phrase_type is not None:
+        # A file of answers to the whole split is a good one for a part of it; strange ids stay and are refused.
+        others = {row.question_id for row in scored.rows} - {row.question_id for row in worded.rows}
+        said = {key: answer for key, answer in said.items() if key not in others}
+    found = score_with_baselines(table, worded, said, {}, resamples)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
@@ -69,22 +79,15 @@ def vqa_rank(
     layout: LayoutOption = "jsonl",
     language: LanguageOption = None,
     split: SplitOption = "test",
+    phrase_type: PhraseOption = None,
     resamples: ResamplesOption = 2000,
 ) -> None:
     """Answer by the nearest text, without training: statements, options, training answers; one row a model."""
     from biomedclip.evaluation.vqa.run import rank_models
     from biomedclip.progress import terminal
 
-    typer.echo(rank_models(data, model, out, layout=layout, language=language, split=split, resamples=resamples,
-                           progress=terminal))  # fmt: skip
-
-
-def is_medvqa(config: Path) -> bool:
-    """Whether a train config is one of answering heads: `task: medvqa`."""
-    from biomedclip.config import read_yaml
-
-    values = read_yaml(config)
-    return isinstance(values, dict) and values.get("task") == "medvqa"
+    typer.echo(rank_models(data, model, out, layout=layout, language=language, split=split, phrase_type=phrase_type,
+                           resamples=resamples, progress=terminal))  # fmt: skip
 
 
 def train_heads(config: Path, out: Path | None, overrides: Sequence[str], *, resume: bool, show: bool) -> None:
@@ -103,3 +106,21 @@ def train_heads(config: Path, out: Path | None, overrides: Sequence[str], *, res
     from biomedclip.training.vqa.train import train_answers
 
     typer.echo(train_answers(settings, out, resume=resume, progress=terminal))
+
+
+def evaluate_questions(config: Path, out: Path, overrides: Sequence[str], *, show: bool) -> None:
+    """Let the models of an evaluate config answer without training and print the table; `show` prints the config."""
+    from biomedclip.config import load_config
+    from biomedclip.evaluation.vqa.config import VqaEvaluateConfig
+
+    settings = load_config(config, VqaEvaluateConfig, overrides)
+    if show:
+        from biomedclip.runs import dump_config
+
+        return typer.echo(dump_config(settings), nl=False)
+    from biomedclip.evaluation.vqa.run import rank_models
+    from biomedclip.progress import terminal
+
+    chosen = {"language": settings.language, "split": settings.split, "phrase_type": settings.phrase_type}
+    typer.echo(rank_models(Path(settings.root).expanduser(), settings.models, out, layout=settings.layout,
+                           resamples=settings.resamples, progress=terminal, **chosen))  # fmt: skip

@@ -33,8 +33,8 @@ PRESETS = (
 class Augmentation(Config):
     """What may happen to a training picture. Ranges are drawn uniformly; a zero or a [1, 1] switches one off.
 
-    Turns, blur, stain, bias field, speckle and noise touch half of the pictures, so that every epoch also shows
-    pictures without them.
+    Turns, blur, stain, bias field, speckle, noise, resolution and texture touch half of the pictures, so that every
+    epoch also shows pictures without them.
     """
 
     like: str | None = None
@@ -77,6 +77,13 @@ class Augmentation(Config):
     """Noise that grows with brightness, of at most this share as standard deviation: ultrasound's."""
     noise: Share = 0.0
     """Grey Gaussian noise of at most this standard deviation on pixels in [0, 1]."""
+
+    resolution: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The picture is made smaller by at least this share of its side and larger again, as pictures that others have
+    shrunk before."""
+    texture: Share = 0.0
+    """Grey texture of several sizes, of at most this standard deviation: the detail that a small training picture has
+    lost and a large picture at hand has."""
 
     monai: tuple[dict[str, dict[str, Any]], ...] = ()
     """Further random array transforms of MONAI, such as `[{RandGibbsNoise: {prob: 0.3}}]`, applied last to pixels in

@@ -39,6 +39,10 @@ class ModelConfig(Config):
     name: str
     """Whatever `biomedclip.load` accepts: a run folder, `ViT-B-32/openai`, or an architecture with `init: random`."""
     init: Literal["pretrained", "random"] = "pretrained"
+    image_weights: str | None = None
+    """A weights file of the image tower's backbone, trained elsewhere: fills the trunk, not the projection."""
+    text_tower: str | None = None
+    """A model whose text tower is taken over: the folder of a `task: text` run, or whatever `biomedclip.load` takes."""
     init_logit_scale: Positive | None = None
     """The logit scale to start from; None keeps the model's own (1 / 0.07 for a random start)."""
     context_length: Count | None = None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from biomedclip.training.callbacks import LogSteps
+    from biomedclip.training.exports import ModelForm
 
 _MAY_CHANGE: dict[str, Any] = {
     **dict.fromkeys(
@@ -143,7 +144,6 @@ def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: b
     """Build model and data, train to the last step, export; returns the last logged row."""
     import torch
 
-    from biomedclip.models.export import export_open_clip
     from biomedclip.training.checkpoints import forget_later_best, list_checkpoints, remove_unfinished
     from biomedclip.training.module import ContrastiveModule
     from biomedclip.training.plans import settle_plan
@@ -156,7 +156,7 @@ def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: b
         forget_later_best(run.folder)
     saved = list_checkpoints(run.folder)
     torch.manual_seed(config.seed)
-    model, model_cfg, tokenizer, data = _build(config)
+    model, form, tokenizer, data = _build(config)
     loader = data.train_loader
     first = int(saved[-1].name.removeprefix("step-")) if saved else 0
     plan, continued = settle_plan(
@@ -173,9 +173,9 @@ def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: b
     loader.on_notice = run.log
     if first_process and (left_out := loader.samples.ledger):
         write_table(run.folder / "stream_ledger.parquet", left_out, LEDGER_COLUMNS)
-    export = _exporter(config, model, model_cfg)
+    export = _exporter(config, model, form)
     if first_process and not saved:
-        export_open_clip(model, run.folder / "start", model_cfg=model_cfg)
+        form.write(model, run.folder / "start")
         run.log(f"starts from {config.model.name} ({config.model.init})")
     continual = None
     if config.continual:
@@ -194,9 +194,8 @@ def _fit(config: TrainConfig, run: Run, progress: Progress, allow_plan_change: b
     return {**row, "unreadable_samples": dict(loader.bad)}
 
 
-def _exporter(config: TrainConfig, model: nn.Module, model_cfg: dict[str, Any]) -> Callable[[Path], object]:
+def _exporter(config: TrainConfig, model: nn.Module, form: ModelForm) -> Callable[[Path], object]:
     """A function that writes the model to a folder; all processes call it, the first one writes."""
-    from biomedclip.models.export import export_open_clip
     from biomedclip.training.trainer import is_first_process
 
     def export(folder: Path) -> None:
@@ -206,7 +205,7 @@ def _exporter(config: TrainConfig, model: nn.Module, model_cfg: dict[str, Any]) 
 
             state = whole_state(model)
         if is_first_process():
-            export_open_clip(model, folder, model_cfg=model_cfg, state=state)
+            form.write(model, folder, state)
 
     return export
 
@@ -241,25 +240,35 @@ def _train_loop(
     return log
 
 
-def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
-    """The model in training mode, its open_clip config, its tokenizer, and the data module for them."""
+def _build(config: TrainConfig) -> tuple[nn.Module, ModelForm, Any, Any]:
+    """The model in training mode, what it is written as, its tokenizer, and the data module for them."""
     import math
 
     import torch
 
-    from biomedclip.models.load import find_origin, load
+    from biomedclip.models.backbones import fill_image_tower, fill_text_tower
+    from biomedclip.models.load import load
     from biomedclip.stream.decode import Geometry
     from biomedclip.stream.text import fast_tokenise
     from biomedclip.training.data import StreamData
+    from biomedclip.training.exports import ModelForm, find_form
     from biomedclip.training.failures import check_tokens
     from biomedclip.training.long_text import set_context_length
 
     random_init = config.model.init == "random"
     changes = config.model.preprocess.model_dump(exclude_none=True)
-    model, _, tokenizer = load(config.model.name, random_init=random_init, preprocess=changes)
-    model_cfg = find_origin(config.model.name, random_init=random_init).model_cfg
+    form = find_form(config.model)
+    if form.parts is not None and config.strategy == "fsdp":
+        raise ConfigError(
+            "strategy", "fsdp needs towers that open_clip builds", found=config.model.name, todo="take ddp"
+        )
+    model, _, tokenizer = load(config.model.name, random_init=random_init, preprocess=changes or None)
+    if config.model.image_weights:
+        fill_image_tower(model, config.model.image_weights)
+    if config.model.text_tower:
+        fill_text_tower(model, config.model.text_tower)
     if config.model.context_length:
-        model_cfg = set_context_length(model, model_cfg, config.model.context_length)
+        form = ModelForm(set_context_length(model, form.model_cfg or {}, config.model.context_length))
         tokenizer.context_length = config.model.context_length  # type: ignore[attr-defined]
     if config.model.init_logit_scale:
         with torch.no_grad():
@@ -273,7 +282,7 @@ def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any], Any, Any]:
     tokenise = fast_tokenise(tokenizer)
     check_tokens(tokenise, model, config.model.name)
     geometry = Geometry(size_px=sizes.pop(), resize_mode=facts["resize_mode"], interpolation=facts["interpolation"])
-    return model.train(), model_cfg, tokenizer, StreamData(config, geometry, tokenise)
+    return model.train(), form, tokenizer, StreamData(config, geometry, tokenise)
 
 
 def _check_same_run(out: Path, config: TrainConfig, allow_plan_change: bool) -> None:
