@@ -73,7 +73,7 @@ def write_codes(folder: Path, dim: int, total: int, sample: Floats, blocks: Iter
     """Write the codes of `total` vectors that come in blocks, with centroids fitted to a sample of them."""
     faiss = _faiss()
     index = _quantiser(dim)
-    index.pq.cp.seed = 0
+    index.pq.cp.seed, index.pq.cp.min_points_per_centroid = 0, 1
     index.train(np.ascontiguousarray(sample))
     centroids = faiss.vector_to_array(index.pq.centroids)
     with write_atomic(folder / CENTROIDS) as file:
