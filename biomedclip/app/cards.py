@@ -41,7 +41,8 @@ def _write_card(figure: SampleFigure, chips: Sequence[str]) -> str:
     return (
         f"<figure>{shown}<figcaption>{f'<div>{marks}</div>' if marks else ''}"
         f'<div class="bc-caption" title="{to_text(shorten(figure.caption, 1500))}">{to_text(shorten(figure.caption))}'
-        f'</div><div class="bc-origin">{_write_origin(figure)}</div></figcaption></figure>'
+        f'</div><div class="bc-origin">{_write_origin(figure)}</div>'
+        f'<div class="bc-key" title="{to_text(figure.key)}">{to_text(figure.key)}</div></figcaption></figure>'
     )
 
 

@@ -55,8 +55,9 @@ def make_theme() -> gr.themes.Base:
 
 
 def _write_header(holdings: Holdings) -> str:
+    name = Path(holdings.model).name if Path(holdings.model).is_dir() else holdings.model
     return (
         f'<header><b>biomedclip</b> <span class="bc-version">{to_text(__version__)}</span>'
-        f'<span class="bc-model">model: {to_text(holdings.model)}</span>'
+        f'<span class="bc-model">model: {to_text(name)}</span>'
         f'<strong class="bc-research">{to_text(RESEARCH_ONLY)}</strong></header>'
     )

@@ -75,7 +75,11 @@ class _ClassifyTab:
                 self._add_picture()
             with gr.Column(scale=6, min_width=300):
                 self._add_question()
-        self._add_evidence()
+                self._add_evidence()
+        self.overlay = gr.Image(
+            show_label=False, interactive=False, buttons=["download"], visible=False, format="png",
+            elem_id="evidence-picture",
+        )  # fmt: skip
         self._connect()
 
     def _add_picture(self) -> None:
@@ -85,7 +89,7 @@ class _ClassifyTab:
         )  # fmt: skip
         gr.HTML(f'<p class="bc-label">Or one of ours. {to_text(_CREDIT)}</p>')
         self.examples = gr.Gallery(
-            [(str(path), name.replace("_", " ")) for name, path in self.samples.items()], show_label=False, height=104,
+            [(str(path), name.replace("_", " ")) for name, path in self.samples.items()], show_label=False, height=124,
             columns=max(4, min(len(self.samples), 6)), allow_preview=False, object_fit="cover", buttons=[],
             interactive=False, elem_id="classify-examples",
         )  # fmt: skip
@@ -117,16 +121,12 @@ class _ClassifyTab:
     def _add_evidence(self) -> None:
         gr.HTML("<h3>Where the evidence lies</h3>")
         with gr.Row(equal_height=True):
-            self.label = gr.Dropdown([], label="Evidence for", elem_id="evidence-label", min_width=160)
+            self.label = gr.Dropdown([], label="Evidence for", elem_id="evidence-label", min_width=130)
             self.against = gr.Dropdown(
-                [("anything else", "")], value="", label="rather than", elem_id="evidence-against", min_width=160
+                [("anything else", "")], value="", label="rather than", elem_id="evidence-against", min_width=130
             )
-            self.show = gr.Button("Show", elem_id="evidence-show", min_width=120, scale=0)
+            self.show = gr.Button("Show", elem_id="evidence-show", min_width=90, scale=0)
         self.check = gr.HTML(_NO_MAP, elem_id="evidence-check")
-        self.overlay = gr.Image(
-            show_label=False, interactive=False, buttons=["download"], visible=False, format="png",
-            elem_id="evidence-picture",
-        )  # fmt: skip
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}

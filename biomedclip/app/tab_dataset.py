@@ -106,7 +106,7 @@ def show_samples(dataset: DatasetFolder, rows: pa.Table, page: int) -> str:
         except DataError as error:
             problems.append(str(error))
             continue
-        notes.append((row["split"], *(row["labels"] or ())[:3], f"{row['width']} x {row['height']}", row["key"]))
+        notes.append((row["split"], *(row["labels"] or ())[:3], f"{row['width']} x {row['height']} px"))
     return "".join(write_notice(text, kind="warning") for text in problems) + write_cards(figures, notes)
 
 

@@ -41,7 +41,7 @@ def find_figures(
     else:
         _, image = Chosen(Path(str(path)), Path(str(path)).name).read()
         hits, asked = index.search_image(image, top), Path(str(path)).name
-    notes = [(f"cosine {hit.score:.3f}", hit.split, hit.key) for hit in hits]
+    notes = [(f"cosine {hit.score:.3f}", hit.split) for hit in hits]
     exact = "" if index.is_exact else " Only the likeliest were compared."
     line = f"{len(hits)} of {len(index):,} figures, those that fit {asked} best.{exact} A cosine is no probability."
     missing = f" {len(index.unreadable):,} pictures could not be read and cannot be found." if index.unreadable else ""
