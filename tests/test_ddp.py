@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from tiny_model import write_training_folders
 
 from biomedclip.config import check_config
+from biomedclip.runs import read_metrics
 from biomedclip.training.config import TrainConfig
 from biomedclip.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # each starts torch twice, on a machine that may be busy
 SCRIPT = Path(__file__).parent / "train_script.py"
+VALIDATION = ("val_loss", "val_image_to_text/recall@1", "val_text_to_image/recall@1")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def settings(folders, **changes):
         "loss": {"soft_targets": 1.0, "same_article": "ignore"},
         "log_every_steps": 1,
         "checkpoints": {"every_steps": 2, "keep_last": 9},
+        "validation": {"every_steps": 2, "max_samples": 7},  # an odd number, so one of two processes has a pair less
         "device": "cpu",
         "threads": 1,
     }
@@ -49,7 +52,7 @@ def run(folder, values, *, environment=None):
     path.write_text(yaml.safe_dump(values))
     known = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     done = subprocess.run(
-        [sys.executable, SCRIPT, path, folder], env=known, capture_output=True, text=True, timeout=110
+        [sys.executable, SCRIPT, path, folder], env=known, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -68,20 +71,24 @@ def largest_difference(first, second):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"strategy": "ddp"}, {"strategy": "ddp", "micro_batch_size": 3}, {"strategy": "fsdp"}],
-    ids=["ddp", "ddp in parts", "fsdp"],
+    [
+        {"strategy": "ddp"},
+        {"strategy": "ddp", "micro_batch_size": 3},
+        {"strategy": "fsdp"},
+        {"strategy": "fsdp", "micro_batch_size": 3},
+    ],
+    ids=["ddp", "ddp in parts", "fsdp", "fsdp in parts"],
 )
 def test_two_processes_end_with_the_weights_of_one(one, folders, tmp_path, changes):
     two = run(tmp_path / "two", settings(folders, devices=2, **changes))
     assert largest_difference(one / "start", one / "final") > 1e-4
     assert largest_difference(one / "final", two / "final") <= 1e-6
-    rows = (two / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 5
-    alone = (one / "metrics.csv").read_text().splitlines()
-    place = rows[0].split(",").index("source/articles")
-    for a, b in zip(rows[1:], alone[1:], strict=True):
-        for column in (1, place):
-            assert float(a.split(",")[column]) == pytest.approx(float(b.split(",")[column]), rel=1e-4)
+    rows, alone = read_metrics(two), read_metrics(one)
+    assert [row["step"] for row in rows] == [row["step"] for row in alone] == [1, 2, 2, 3, 4, 4]
+    for a, b in zip(rows, alone, strict=True):
+        for name in ("loss", "source/articles", *VALIDATION):
+            assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=1e-4))
+    assert sum(row["val_loss"] is not None for row in rows) == 2
     assert json.loads((two / "done.json").read_bytes())["steps"] == 4
 
 

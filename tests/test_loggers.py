@@ -1,5 +1,6 @@
 """Rows of metrics.csv in TensorBoard, W&B and MLflow: what each stored, read back from its files."""
 
+import json
 import struct
 
 import pytest
@@ -34,6 +35,22 @@ def read_events(path):
         place += 16 + size
 
 
+def read_log(data):
+    """Records of a W&B file: blocks of 32 KiB of pieces, each a check sum, its length and which part it is."""
+    place, record = 7, b""  # behind the mark of the file
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, part = struct.unpack("<IHB", data[place : place + 7])
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if part in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
 def agree(found, folder):
     """(step, name) -> value, against the numbers of metrics.csv."""
     rows = read_metrics(folder)
@@ -57,11 +74,12 @@ def test_tensorboard_holds_the_rows_and_the_config(tmp_path):
 
 @pytest.mark.slow  # beside a package that development does not need
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_holds_the_rows_and_the_config_in_a_folder(tmp_path, monkeypatch):
+def test_mlflow_holds_the_rows_and_the_config_in_the_run_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = train(tmp_path / "run", "mlflow")
-    client = mlflow.MlflowClient(f"file:{folder / 'mlruns'}")
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("biomedclip").experiment_id])
     assert run.info.run_name == "run"
     assert run.info.status == "FINISHED"
@@ -75,22 +93,18 @@ def test_mlflow_holds_the_rows_and_the_config_in_a_folder(tmp_path, monkeypatch)
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_holds_the_rows_and_the_config_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    import json
-
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = train(tmp_path / "run", "wandb")
     wandb.finish()
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    store, found, settings = DataStore(), {}, {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record.FromString(data)
+    found, settings = {}, {}
+    for record in map(Record.FromString, read_log(path.read_bytes())):
         row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         step = row.pop("trainer/global_step", None)
         found |= {(step, name): value for name, value in row.items() if not name.startswith("_")}
-        settings |= {item.key: item.value_json for item in record.config.update}
+        for update in (record.config, record.run.config):
+            settings |= {item.key or item.nested_key[0]: item.value_json for item in update.update}
     agree(found, folder)
     assert settings["batch_size"] == "10"

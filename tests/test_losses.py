@@ -15,6 +15,7 @@ from biomedclip.config import check_config
 from biomedclip.errors import ConfigError
 from biomedclip.training.config import LossConfig
 from biomedclip.training.gather import gather_rows
+from biomedclip.training.objectives import softmax
 from biomedclip.training.objectives.hopfield import cloob_losses, retrieve
 from biomedclip.training.objectives.objective import Objective, alip_weights
 from biomedclip.training.objectives.pairs import batch_pairs, caption_ids
@@ -87,6 +88,14 @@ def dense_clip(image, text, scale, *, targets=None, ignored=None, weights=None):
     return loss
 
 
+@pytest.fixture(params=["kept", "computed again"])
+def logits(request, monkeypatch):
+    """Whether the backward pass finds the logits or makes them."""
+    if request.param == "computed again":
+        monkeypatch.setattr(softmax, "kept_bytes", lambda rows: 0)
+
+
+@pytest.mark.usefixtures("logits")
 @pytest.mark.parametrize("tile", [0, 1, 4, 5, SIZE])
 @pytest.mark.parametrize("scale", SCALES)
 def test_clip_loss_and_its_gradients_are_open_clips_whatever_the_tile(tile, scale):
@@ -96,6 +105,14 @@ def test_clip_loss_and_its_gradients_are_open_clips_whatever_the_tile(tile, scal
     agree(ours, gradients(ClipLoss(), scale=scale))
 
 
+@pytest.mark.usefixtures("logits")
+def test_gradients_can_be_taken_twice():
+    inputs = [rows.requires_grad_() for rows in embeddings()]
+    loss = clip_loss(*inputs, torch.tensor(14.3, dtype=torch.float64), tile=4)
+    agree(torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.usefixtures("logits")
 @pytest.mark.parametrize("tile", [3, 0])
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_soft_targets_and_pairs_left_out_are_the_dense_formula(tile, strength):
@@ -172,6 +189,7 @@ def dense_loob(anchors, others, scale):
     return (torch.logsumexp(logits.masked_fill(own, -math.inf), dim=1) - logits.diagonal()).mean()
 
 
+@pytest.mark.usefixtures("logits")
 def test_infoloob_leaves_the_own_pair_out_of_the_sum():
     def dense(image, text, scale):
         return (dense_loob(image, text, scale) + dense_loob(text, image, scale)) / 2 / scale.detach()
@@ -248,9 +266,12 @@ def test_siglip_without_a_bias_is_refused():
         check_config({"hopfield_beta": 8.0}, LossConfig, "test")
 
 
-def test_the_memory_of_the_loss_is_a_share_of_the_matrix():
+def test_the_memory_of_the_loss_is_a_share_of_the_matrix(monkeypatch):
     """Counted in the shapes that torch allocates: nothing larger than a tile or the embeddings."""
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    assert softmax.kept_bytes(torch.zeros(1)) == 4096**2 * 4
+    monkeypatch.setattr(softmax, "kept_bytes", lambda rows: 0)
 
     class Largest(TorchDispatchMode):
         seen = 0

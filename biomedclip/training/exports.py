@@ -20,6 +20,8 @@ from biomedclip.training.config import ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from biomedclip.models.preprocess import ImageTransform
+
 
 @dataclass(frozen=True)
 class ModelForm:
@@ -48,17 +50,18 @@ def find_form(settings: ModelConfig) -> ModelForm:
     """
     from biomedclip.models.build import model_config
     from biomedclip.models.load import Origin, find_parts
-    from biomedclip.models.preprocess import open_clip_config
+    from biomedclip.models.preprocess import ImageTransform
+    from biomedclip.models.zoo import find_model
 
-    random_init = settings.init == "random"
-    parts = find_parts(settings.name, random_init=random_init)
+    released = None if Path(settings.name).exists() else find_model(settings.name)
+    if released is not None:  # its facts are known before a file of it is fetched
+        _check_image_steps(settings.name, ImageTransform(released.preprocess.steps))
+        if released.architecture.builder == "open_clip":
+            return ModelForm(model_cfg=model_config(released.architecture))
+    parts = find_parts(settings.name, random_init=settings.init == "random")
     if isinstance(parts, Origin):
         return ModelForm(model_cfg=parts.model_cfg)
-    if open_clip_config(parts.transform) is None:
-        raise ConfigError(
-            f"model.name: {settings.name}", "takes pictures through steps of its own, which training does not have",
-            todo="train another model; this one can be evaluated and compared with",
-        )  # fmt: skip
+    _check_image_steps(settings.name, parts.transform)
     if parts.architecture.builder == "open_clip":
         return ModelForm(model_cfg=model_config(parts.architecture))
     changed = [name for name in ("preprocess", "context_length") if getattr(settings, name) != _DEFAULTS[name]]
@@ -68,6 +71,16 @@ def find_form(settings: ModelConfig) -> ModelForm:
             todo="leave it out",
         )  # fmt: skip
     return ModelForm(parts=parts)
+
+
+def _check_image_steps(name: str, transform: ImageTransform) -> None:
+    from biomedclip.models.preprocess import open_clip_config
+
+    if open_clip_config(transform) is None:
+        raise ConfigError(
+            f"model.name: {name}", "takes pictures through steps of its own, which training does not have",
+            todo="train another model; this one can be evaluated and compared with",
+        )  # fmt: skip
 
 
 _DEFAULTS = {name: field.default for name, field in ModelConfig.model_fields.items()}

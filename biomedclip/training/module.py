@@ -184,8 +184,9 @@ class ContrastiveModule(LightningModule):
         surrogate.backward()
 
     def _exchange(self, wanted: bool) -> AbstractContextManager[object]:
+        """Where gradients stay in this process; sharded ones never do, as no process has room for all of them."""
         strategy: Any = self.trainer.strategy
-        if wanted or world_size() == 1:
+        if wanted or world_size() == 1 or self.config.strategy == "fsdp":
             return nullcontext()
         blocked: AbstractContextManager[object] = strategy.block_backward_sync()
         return blocked

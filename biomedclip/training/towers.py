@@ -86,9 +86,11 @@ def text_padding(model: nn.Module) -> int | None:
     """Id of the padding that may be cut from the end of texts without a change of their embeddings; None: nothing may.
 
     A tower of Hugging Face masks padding; CLIP's own is causal and reads the embedding at the end of the text. A tower
-    that attends to padding or takes the last position (SigLIP) needs it all.
+    that attends to padding, averages over it or takes the last position (SigLIP) needs it all.
     """
     text: Any = getattr(model, "text", None)
+    if isinstance(masked := getattr(text, "attention_mask", None), bool):  # a BERT of ours, whose [PAD] is 0
+        return 0 if masked and not text.mean_over_padding else None
     if text is None:
         causal = getattr(model, "attn_mask", None) is not None
         return 0 if causal and getattr(model, "text_pool_type", "argmax") in ("argmax", "eos") else None
@@ -103,7 +105,9 @@ def text_padding(model: nn.Module) -> int | None:
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """(b, D) embeddings, not yet normalised, of token ids whose padding may have been cut."""
     tower: Any = getattr(model, "text", model)
-    if not hasattr(tower, "token_embedding") or tokens.shape[1] == len(tower.positional_embedding):
+    table = getattr(tower, "positional_embedding", None)
+    # A tower with a token of its own behind the text (CoCa's) has a position more than tokens, and is never cut.
+    if table is None or getattr(tower, "cls_emb", None) is not None or tokens.shape[1] == len(table):
         return model.encode_text(tokens)  # type: ignore[operator]
     # open_clip's own towers add all positions and mask them all; a shorter text gets the first ones.
     length = tokens.shape[1]

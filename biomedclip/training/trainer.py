@@ -109,7 +109,9 @@ def _loggers(config: TrainConfig, folder: Path) -> list[Any] | bool:
             "tensorboard": {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False},
             "wandb": {"save_dir": folder, "name": folder.name, "project": "biomedclip"},
             "mlflow": {"experiment_name": "biomedclip", "run_name": folder.name,
-                       "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"file:{folder / 'mlruns'}"},
+                       # MLflow 3.17 refuses to write runs into plain folders; a database is what it asks for.
+                       "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}",
+                       "artifact_location": str(folder / "mlartifacts")},
         }  # fmt: skip
         try:
             made.append(getattr(known, kind)(**places[name]))

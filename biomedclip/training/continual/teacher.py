@@ -106,9 +106,9 @@ class FrozenTeacher:
 def vocabulary_of(model: nn.Module) -> tuple[int, int | None]:
     """(size of the vocabulary, positions of the text tower or None where it takes any length up to its table's)."""
     text: Any = getattr(model, "text", model)
-    if hasattr(text, "token_embedding"):
+    if hasattr(text, "token_embedding") and hasattr(text, "positional_embedding"):
         return int(text.token_embedding.num_embeddings), int(text.positional_embedding.shape[0])
-    return int(text.config.vocab_size), None
+    return int(getattr(text, "config", text).vocab_size), None
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from biomedclip.errors import CheckpointError
 from biomedclip.files import write_bytes
-from biomedclip.models.export import WEIGHTS_FILE
+from biomedclip.training.exports import read_weights
 from biomedclip.training.gather import gather_rows, rank, world_size
 from biomedclip.training.objectives.softmax import clip_loss
 from biomedclip.training.terms import StepTensors
@@ -75,9 +75,7 @@ def estimate_fisher(model: nn.Module, batches: Iterable[BatchT], loss: Callable[
 
 def load_anchors(start: Path, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """The trained parameters as they were in the weights stored at `start`, in float32 on `device`."""
-    from safetensors.torch import load_file
-
-    stored = load_file(start / WEIGHTS_FILE)
+    stored = read_weights(start)
     return {name: stored[name].to(device, torch.float32) for name in trained_parameters(model)}
 
 

@@ -1,17 +1,18 @@
 """CLIP's loss and InfoLOOB, exact, tile by tile: memory grows with the batch, not with its square.
 
 Reads this process's unit image embeddings, the unit text embeddings of all processes, and what is known of the pairs;
-yields this process's share of the loss. The forward pass keeps the log-sums of rows and columns only, the backward
-pass computes each tile of logits again: four matrix products in place of the six of a loss that holds both logit
-matrices. It is one-sided: images stay where they are, texts are gathered (by the caller, once for all losses), and of
-the columns only two numbers each travel. The mean over the processes of what is returned is the loss of the global
-batch, which is what gradient averaging expects.
+yields this process's share of the loss. The forward pass keeps the log-sums of rows and columns, the backward pass
+computes each tile of logits again: four matrix products in place of the six of a loss that holds both logit matrices,
+and three where the logits are so few that they are kept. It is one-sided: images stay where they are, texts are
+gathered (by the caller, once for all losses), and of the columns only two numbers each travel. The mean over the
+processes of what is returned is the loss of the global batch, which is what gradient averaging expects.
 
     L = a_row mean_i w_i [log sum_j exp(S_ij) - sum_j t_ij S_ij]  +  the same over columns with a_column,  S = s I T^T
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,14 @@ def tile_for(rows: Tensor) -> int:
     return 1024 if rows.device.type == "cpu" else 8192
 
 
+def kept_bytes(rows: Tensor) -> int:
+    """Bytes of logits up to which the forward pass keeps them all: nothing that a device would notice.
+
+    On a CPU a batch of 4,096 in float32.
+    """
+    return (64 if rows.device.type == "cpu" else 512) * 2**20
+
+
 def at_least_float32(rows: Tensor) -> Tensor:
     """The tensor itself if float32 or float64, else in float32: log-sums of bf16 logits lose the third digit."""
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
@@ -110,7 +119,8 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, all_weight: Tensor, form: _Form
     ) -> tuple[Tensor, Tensor]:
-        rows, columns, targets = _log_sums(image, text, scale, weight, all_weight, form)
+        ctx.kept = [] if len(image) * len(text) * image.element_size() <= kept_bytes(image) else None
+        rows, columns, targets = _log_sums(image, text, scale, weight, all_weight, form, ctx.kept)
         first, last = form.first_row, form.first_row + len(image)
         if form.loob:
             # Without a negative there is nothing to be told apart from.
@@ -134,8 +144,8 @@ class _Softmax(torch.autograd.Function):
         image, text, scale, weight, all_weight, rows, columns = ctx.saved_tensors
         form: _Form = ctx.form
         to_image, to_text = torch.zeros_like(image), torch.zeros_like(text)
-        for tile, logits in _logit_tiles(image, text, scale, form):
-            slope = _slope(logits, tile, weight, all_weight, rows, columns, form)
+        for tile, logits, other in _logit_tiles(image, text, scale, form, ctx.kept):
+            slope = _slope(logits, other, tile, weight, all_weight, rows, columns, form)
             to_image[tile.rows].addmm_(slope, text[tile.columns])
             to_text[tile.columns].addmm_(slope.T, image[tile.rows])
         factor = gradients[0] / len(image)
@@ -144,32 +154,48 @@ class _Softmax(torch.autograd.Function):
         return to_image.mul_(factor * scale), to_text.mul_(factor * scale), to_scale, None, None, None
 
 
-def _logit_tiles(image: Tensor, text: Tensor, scale: Tensor, form: _Form) -> Any:
-    """Each tile with its logits, in one buffer that the next tile overwrites; pairs left out are not marked yet."""
+def _logit_tiles(
+    image: Tensor, text: Tensor, scale: Tensor, form: _Form, kept: list[Tensor] | None
+) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+    """Each tile with its logits and as much room beside them; pairs left out are not marked yet.
+
+    Both are buffers that the next tile overwrites: fresh memory for each step of a tile costs a page fault every 4 KiB.
+    The scale goes into the rows, where it costs no pass over the tile. An empty list `kept` is filled with copies of
+    the logits, a filled one is read from.
+    """
     side = form.tile
-    buffer = image.new_empty(min(side, len(image)) * min(side, len(text)))
-    for tile in tiles(len(image), len(text), form.first_row, side):
-        rows, columns = image[tile.rows], text[tile.columns]
-        logits = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-        torch.mm(rows, columns.T, out=logits)
-        yield tile, logits.mul_(scale)
+    room = [image.new_empty(min(side, len(image)) * min(side, len(text))) for _ in range(2)]
+    rows, known = image, list(kept or ())
+    for number, tile in enumerate(tiles(len(image), len(text), form.first_row, side)):
+        columns = text[tile.columns]
+        if tile.columns.start == 0:
+            rows = image[tile.rows] * scale
+        logits, other = (part[: len(rows) * len(columns)].view(len(rows), len(columns)) for part in room)
+        if known:
+            logits.copy_(known[number])
+        else:
+            torch.mm(rows, columns.T, out=logits)
+            if kept is not None:
+                kept.append(logits.clone())
+        yield tile, logits, other
 
 
 def _log_sums(
-    image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, all_weight: Tensor, form: _Form
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, all_weight: Tensor, form: _Form,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Log-sums of the rows (b,) and the columns (B,), and the targets' share of each row (b,) where they are soft."""
     largest, total = image.new_full((len(image),), LEFT_OUT), image.new_zeros(len(image))
     column_largest, column_total = image.new_full((len(text),), LEFT_OUT), image.new_zeros(len(text))
     soft = None if form.pairs.members is None else image.new_zeros(len(image))
-    for tile, logits in _logit_tiles(image, text, scale, form):
+    for tile, logits, other in _logit_tiles(image, text, scale, form, kept):
         overlap = form.pairs.overlap(tile)
         if overlap is not None and soft is not None:
             soft[tile.rows] += torch.linalg.vecdot(_targets(overlap, tile, weight, all_weight, form), logits)
         _leave_out(logits, tile, overlap, form)
-        _add_exponentials(logits, 1, largest[tile.rows], total[tile.rows])
+        _add_exponentials(logits, other, 1, largest[tile.rows], total[tile.rows])
         if form.column_share:
-            _add_exponentials(logits, 0, column_largest[tile.columns], column_total[tile.columns])
+            _add_exponentials(logits, other, 0, column_largest[tile.columns], column_total[tile.columns])
     if form.column_share and world_size() > 1:
         here = column_largest.clone()
         dist.all_reduce(column_largest, op=dist.ReduceOp.MAX)
@@ -179,23 +205,24 @@ def _log_sums(
     return largest + total.log(), columns, soft
 
 
-def _add_exponentials(logits: Tensor, axis: int, largest: Tensor, total: Tensor) -> None:
-    """Fold a tile into running log-sums, in place: the sum of exp(logit - largest so far)."""
+def _add_exponentials(logits: Tensor, other: Tensor, axis: int, largest: Tensor, total: Tensor) -> None:
+    """Fold a tile into running log-sums, in place: the sum of exp(logit - largest so far); `other` is overwritten."""
     before = largest.clone()
     torch.maximum(largest, logits.amax(dim=axis), out=largest)
     total.mul_(torch.exp(before - largest))
-    total.add_(torch.exp(logits - largest.unsqueeze(axis)).sum(dim=axis))
+    total.add_(torch.sub(logits, largest.unsqueeze(axis), out=other).exp_().sum(dim=axis))
 
 
 def _slope(
-    logits: Tensor, tile: Tile, weight: Tensor, all_weight: Tensor, rows: Tensor, columns: Tensor, form: _Form
-) -> Tensor:
-    """Derivative of b times the loss by the logits of a tile."""
+    logits: Tensor, other: Tensor, tile: Tile, weight: Tensor, all_weight: Tensor, rows: Tensor, columns: Tensor,
+    form: _Form,
+) -> Tensor:  # fmt: skip
+    """Derivative of b times the loss by the logits of a tile, in `other`; the logits are overwritten."""
     overlap = form.pairs.overlap(tile)
     _leave_out(logits, tile, overlap, form)
     # A weight goes into the exponent's offset, where it costs no pass over the tile.
     row_offset = rows[tile.rows] - (form.row_share * weight[tile.rows]).log()
-    slope = torch.exp(logits - row_offset[:, None])
+    slope = torch.sub(logits, row_offset[:, None], out=other).exp_()
     if form.column_share:
         offset = columns[tile.columns] - (form.column_share * all_weight[tile.columns]).log()
         slope += logits.sub_(offset).exp_()
