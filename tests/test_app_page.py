@@ -356,8 +356,8 @@ def test_what_the_page_does_not_need_is_not_there(page, path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "..%2f..%2f..%2f..%2fetc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a%00b", "https://example.org/x.png", "http:/x",
-     "",     "file:///etc/passwd", "pyproject.toml", "biomedclip/app/page.py"],
+    ["/etc/passwd", "..%2f..%2f..%2f..%2fetc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a%00b", "http:/x", "",
+     "https://example.org/x.png", "file:///etc/passwd", "pyproject.toml", "biomedclip/app/page.py"],
 )  # fmt: skip
 def test_only_files_of_the_private_folder_are_served(page, path):
     client, _, outside = page
