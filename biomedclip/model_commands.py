@@ -134,13 +134,13 @@ def models_export(
     from biomedclip.models.push import check_may_push, push_folder
     from biomedclip.models.transformers_export import export_transformers
 
+    if half and form == "transformers":
+        raise ConfigError("--half", "goes with open_clip's format", todo="leave it out, or --format open_clip")
     options: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
     parts, (model, _, _) = load_parts(source, trust_pickle=trust_pickle, **options)
     if push:
         check_may_push(parts, private=private)
     if form == "transformers":
-        if half:
-            raise ConfigError("--half", "goes with open_clip's format", todo="leave it out, or --format open_clip")
         export_transformers(model, parts, out)
     else:
         export_released(model, parts, out, half=half)

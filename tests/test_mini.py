@@ -26,7 +26,7 @@ from biomedclip import cli
 from biomedclip.errors import CheckpointError
 from biomedclip.models.build import assemble
 from biomedclip.models.catalog import architecture_folder, bundled_folder, models_table, zoo_folder
-from biomedclip.models.export import WEIGHTS_FILE, export_open_clip
+from biomedclip.models.export import WEIGHTS_FILE, export_open_clip, export_released
 from biomedclip.models.folders import CONFIG_FILE
 from biomedclip.models.hub import fetch
 from biomedclip.models.load import load, released_parts
@@ -80,6 +80,14 @@ def test_open_clip_reads_the_same_model_from_the_folder(small):
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder_of(small)}")
     for own, other in zip(ours, outputs(theirs.eval(), preprocess, tokenizer), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+def test_an_export_of_it_is_a_model_like_any_other(small, tmp_path):
+    parts = released_parts(small)
+    model, preprocess, tokenizer = assemble(parts)
+    export_released(model, parts, tmp_path / "export")
+    for own, other in zip(outputs(model, preprocess, tokenizer), outputs(*load(tmp_path / "export")), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_matrices_are_stored_in_half_precision_and_vectors_are_not(small):
@@ -190,7 +198,7 @@ def test_it_can_be_verified_listed_described_copied_and_exported(shipped, tmp_pa
     assert run("verify", MINI).startswith("ok         open_clip_model.safetensors sha256")
     assert "not for clinical use" in run("info", MINI).lower()
     assert "sha256 as pinned" in run("pull", MINI, "--out", str(tmp_path / "copy"))
-    run("export", MINI, "--out", str(tmp_path / "export"))
+    run("export", MINI, "--format", "open_clip", "--out", str(tmp_path / "export"))
     run("convert", MINI, str(shipped), "--out", str(tmp_path / "converted"))
     wanted = outputs(*load(MINI))
     for folder in ("copy", "export", "converted"):

@@ -259,7 +259,9 @@ def _starts_from(model: Mapping[str, Any]) -> str:
 
     def shown(name: str) -> str:
         path = Path(name)
-        return (path.parent.name if path.name in ("final", "start") else path.name) if path.exists() else name
+        if not (path.exists() or path.is_absolute()):
+            return name
+        return path.parent.name if path.name in ("final", "start", "ema") else path.name
 
     parts = [f"{shown(model['name'])} ({model.get('init', 'pretrained')})"]
     parts += [f"{what} of {shown(model[key])}" for key, what in
