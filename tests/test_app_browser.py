@@ -116,7 +116,7 @@ class Visitor:
 def visitor(chromium, site):
     visitor = Visitor(chromium, site[0])
     yield visitor
-    hosts = {urlsplit(url).netloc for url in visitor.requests if not url.startswith(("data:", "blob:"))}
+    hosts = {urlsplit(url).netloc for url in visitor.requests if not url.startswith(("data:", "blob:", "about:"))}
     visitor.context.close()
     assert hosts == {urlsplit(site[0]).netloc}
     assert visitor.complaints == []
@@ -175,8 +175,8 @@ def test_labels_and_prompts_are_the_visitors_own(visitor):
     assert set(read_bars(page)) == {"cell", "scan"}
     page.locator("#classify-labels textarea, #classify-labels input").first.fill("only one")
     page.locator("#classify-ask").click()
-    page.wait_for_selector("#classify-answer .bc-warning")
-    assert "is one label" in visitor.text("#classify-answer")
+    page.wait_for_function("document.querySelector('#classify-answer').innerText.includes('is one label')")
+    assert page.locator("#classify-answer .bc-top").count() == 0
 
 
 def test_uploads_are_pictures_or_a_line_that_says_why_not(visitor, tmp_path):
@@ -185,12 +185,12 @@ def test_uploads_are_pictures_or_a_line_that_says_why_not(visitor, tmp_path):
     page.set_input_files(upload, write_dicom(tmp_path / "loop.dcm", frames, Modality="US"))
     page.wait_for_selector("#classify-frame input")
     assert "60 x 40 px, frame 0" in visitor.text("#classify-about")
-    page.locator("#classify-upload button[aria-label*=lear], #classify-upload button[aria-label*=emove]").first.click()
+    page.reload()
     (tmp_path / "words.jpg").write_text("no picture at all")
     page.set_input_files(upload, tmp_path / "words.jpg")
     page.wait_for_selector("#classify-about .bc-warning")
     assert "is no picture, whatever its name says" in visitor.text("#classify-about")
-    page.locator("#classify-upload button[aria-label*=lear], #classify-upload button[aria-label*=emove]").first.click()
+    page.reload()
     (tmp_path / "large.png").write_bytes(bytes(6_000_000))
     page.set_input_files(upload, tmp_path / "large.png")
     page.get_by_text(re.compile("maximum allowed size|too large", re.I)).first.wait_for()
@@ -210,8 +210,9 @@ def test_figures_are_found_by_words_and_by_a_picture(visitor, site):
     sample = Path(__file__).parent.parent / "biomedclip" / "app" / "examples" / "figure.jpg"
     page.set_input_files("#search-upload input[type=file]", sample)
     page.wait_for_function("document.querySelector('#search-found').innerText.includes('figure.jpg')")
-    score = float(re.search(r"cosine ([\d.]+)", visitor.text("#search-found")).group(1))
-    assert score > 0.95, "the picture is in the dataset and was not found"
+    first = page.locator("#search-found figure").first.inner_text()
+    assert "eLife.30274" in first, "the picture is in the dataset and was not found"
+    assert float(re.search(r"cosine ([\d.]+)", first).group(1)) > 0.95
 
 
 def test_a_dataset_shows_its_funnel_and_its_samples_by_field(visitor):

@@ -123,7 +123,8 @@ def private_folder() -> Iterator[Path]:
 def _serve(app: Asgi, listener: socket.socket) -> None:
     import uvicorn
 
-    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    # Gradio prints what goes wrong in its own calls; uvicorn would report every browser that is left open at the end.
+    settings: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_SHUTDOWN_S, **settings))
     # uvicorn shuts down on SIGTERM and raises it again, which by default ends the process before the folder is gone.
     before = signal.signal(signal.SIGTERM, _stop)
