@@ -96,8 +96,8 @@ def test_the_commands_about_models_and_their_options_are_frozen():
 
 VQA_OPTIONS = {
     "check": {"data", "--layout", "--language"},
-    "score": {"data", "answers", "--layout", "--language", "--split", "--resamples"},
-    "rank": {"data", "--model", "--out", "--layout", "--language", "--split", "--resamples"},
+    "score": {"data", "answers", "--layout", "--language", "--split", "--phrase-type", "--resamples"},
+    "rank": {"data", "--model", "--out", "--layout", "--language", "--split", "--phrase-type", "--resamples"},
 }
 
 
