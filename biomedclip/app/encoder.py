@@ -124,7 +124,7 @@ def fold_norms(model: nn.Module) -> int:
     for parent in list(model.modules()):
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):
-            if not (type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d)) or (
+            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)) or (
                 conv.out_channels != norm.num_features or norm.running_var is None
             ):
                 continue
