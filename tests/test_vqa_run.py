@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from biomedclip import cli
 from biomedclip.config import config_file, load_config
+from biomedclip.evaluation.vqa.config import VqaEvaluateConfig
 from biomedclip.training.vqa.config import VqaTrainConfig
 
 
@@ -67,10 +68,62 @@ def test_train_with_a_medvqa_config_trains_heads(data, tmp_path):
     assert "| tiny |" in run("train", path, "--out", tmp_path / "run")
 
 
-def test_the_recipe_loads_and_opens_with_its_four_lines():
-    path = config_file("train/medvqa_qcr.yaml")
+@pytest.mark.parametrize("name", ["qcr", "concat", "transformer"])
+def test_a_recipe_of_heads_loads_and_opens_with_its_four_lines(name):
+    path = config_file(f"train/medvqa_{name}.yaml")
     config = load_config(path, VqaTrainConfig)
+    assert config.head.name == name
     assert len(config.seeds) >= 3
-    assert [line.partition(":")[0] for line in path.read_text().splitlines() if line.startswith("# ")][:4] == [
-        "# command", "# hardware", "# time", "# expected",
+    assert config.scored == "test"
+    # Random weights, the project's own, and weights that were given.
+    assert [(one.init, one.checkpoint is not None) for one in config.encoders] == [
+        ("random", False), ("weights", False), ("weights", True)
     ]  # fmt: skip
+    assert headers(path) == ["# command", "# hardware", "# time", "# expected"]
+
+
+def test_the_recipes_of_heads_differ_in_the_head_alone():
+    found = [load_config(config_file(f"train/medvqa_{name}.yaml"), VqaTrainConfig).model_dump(exclude={"head"})
+             for name in ("qcr", "concat", "transformer")]  # fmt: skip
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("name", ["medvqa", "medvqa_slake"])
+def test_a_recipe_of_ranking_loads_and_opens_with_its_four_lines(name):
+    path = config_file(f"evaluate/{name}.yaml")
+    config = load_config(path, VqaEvaluateConfig)
+    assert any(model.startswith("random:") for model in config.models)
+    assert headers(path) == ["# command", "# hardware", "# time", "# expected"]
+
+
+def headers(path):
+    return [line.partition(":")[0] for line in path.read_text().splitlines() if line.startswith("# ")][:4]
+
+
+def test_evaluate_with_a_medvqa_config_ranks_answers(data, tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    path = tmp_path / "rank.yaml"
+    path.write_text(f"task: medvqa\nmodels: [{model}]\nroot: {data}\nlayout: jsonl\nresamples: 100\n")
+    assert "task: medvqa" in run("evaluate", path, "--out", tmp_path / "none", "--print-config")
+    table = run("evaluate", path, "--out", tmp_path / "results", "--set", "split=train")
+    assert f"| {model} |" in table
+    assert "| majority |" not in table
+    assert not (tmp_path / "none").exists()
+
+
+def test_answers_to_a_whole_split_are_scored_on_one_wording(tmp_path):
+    root = tmp_path / "rad"
+    (root / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(root / "images" / "a.jpg")
+    row = {"image_name": "a.jpg", "image_organ": "HEAD", "answer": "Yes", "answer_type": "CLOSED",
+           "question_type": "PRES", "question": "Is there a mass?"}  # fmt: skip
+    (root / "trainset.json").write_text(json.dumps([row | {"qid": 1, "phrase_type": "freeform"}]))
+    asked = [row | {"qid": 2, "phrase_type": "freeform"}, row | {"qid": 3, "phrase_type": "para"}]
+    (root / "testset.json").write_text(json.dumps(asked))
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"question_id": "test-2", "answer": "yes"}\n{"question_id": "test-3", "answer": "no"}\n')
+    options = ("--layout", "vqa_rad_mevf", "--resamples", "100")
+    both = json.loads(run("vqa", "score", root, said, *options))
+    assert (both["metrics"]["accuracy"]["value"], both["n"]) == (0.5, 2)
+    one = json.loads(run("vqa", "score", root, said, *options, "--phrase-type", "freeform"))
+    assert (one["metrics"]["accuracy"]["value"], one["n"]) == (1.0, 1)
