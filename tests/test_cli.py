@@ -81,7 +81,7 @@ EVAL_OPTIONS = {
         "--given",
         "--report",
         "--set",
-    },  # fmt: skip
+    },
     "tasks": {"--suite"},
     "check": {"task", "--data-root"},
     "compare": {"first", "second", "--resamples"},
