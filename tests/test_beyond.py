@@ -265,3 +265,40 @@ def test_a_section_for_a_task_that_is_not_run_is_refused(data, tmp_path, section
     value = {"values": ["a", "b"]} if section == "perception" else "ground"
     with pytest.raises(ConfigError, match=rf"{section}.away: is not among the tasks"):
         run(data, tmp_path, "home", **{section: {"away": value}})
+
+
+RETRIEVAL = """
+suite: own
+tasks:
+  told:
+    title: Told
+    modality: m
+    kind: retrieval
+    layout: {type: csv, table: t.csv, image: file, text: caption}
+    split: test
+    metrics: {primary: image_to_text/recall@1, also: [image_to_text/full_recall@5]}
+    bootstrap: {by: sample}
+    licence: MIT
+    citation: none
+    contamination: none
+"""
+
+
+def test_foils_of_finding_side_and_negation_are_counted_beside_each_other(tmp_path):
+    """The painter knows findings by their colour, and neither sides nor negations: 3 of 4 right, and two coins."""
+    rows = [["file", "caption"]]
+    for i, seen in enumerate(["pneumonia", "pneumonia", "pneumonia", "red blood cell"]):
+        colour = (0, 255, 0) if i in (2, 3) else (255, 51, 51)  # the third shows what its caption does not say
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
+        place = "on the left" if i < 2 else "below"
+        rows.append([f"{i}.png", f"Picture {i} showing a {seen} {place}."])
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    facts = {"model": "m", "tasks": ["told"], "data": {"told": str(tmp_path)}, "device": "cpu", "composition": True,
+             "bootstrap": {"n": 100}, "findings": ["pneumonia", "red blood cell"]}  # fmt: skip
+    config = check_config(facts, EvaluateConfig, "test")
+    (result,) = evaluate(config, tmp_path / "out", model=painter(), tasks=parse_suite(RETRIEVAL, "r.yaml"))
+    found = result.record["beyond"]["composition"]
+    assert found["finding"] == {"accuracy": 0.75, "chance": 0.5, "n": 4, "without_foil": 0}
+    assert found["side"] == {"accuracy": 0.5, "chance": 0.5, "n": 2, "without_foil": 2}
+    assert found["negation"] == {"accuracy": 0.5, "chance": 0.5, "n": 4, "without_foil": 0}

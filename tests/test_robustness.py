@@ -1,5 +1,8 @@
 """Corruptions, prompt draws and foils: deterministic by sample, true to their kind."""
 
+import hashlib
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +28,92 @@ def test_a_corruption_is_a_function_of_the_sample_and_grows_with_severity(name):
     change = [np.mean([np.abs(robustness.corrupt(SMOOTH, name, s, sample_id=str(k)).astype(float) - SMOOTH).mean()
                        for k in range(12)]) for s in (1, 3, 5)]  # fmt: skip
     assert 0 < change[0] < change[1] < change[2]
+
+
+def change(name, severity, picture=SMOOTH, sample="a", seed=0):
+    return robustness.corrupt(picture, name, severity, sample_id=sample, seed=seed)
+
+
+def draws(name, severity, sample="a", seed=0):
+    """The random numbers of a corruption, made again from what its name, severity, seed and sample say."""
+    digest = hashlib.sha256(f"{seed}\n{name}\n{severity}\n{sample}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_light_and_contrast_are_their_formulas(severity):
+    wide = SMOOTH.astype(float)
+    shift = 255 * {1: 0.08, 3: 0.22, 5: 0.4}[severity]
+    up = draws("brightness", severity).random() < 0.5
+    assert (change("brightness", severity) == np.clip(np.round(wide + (shift if up else -shift)), 0, 255)).all()
+    share = {1: 0.75, 3: 0.45, 5: 0.2}[severity]
+    assert (change("contrast", severity) == np.round(wide.mean() + (wide - wide.mean()) * share)).all()
+    power = {1: 1.2, 3: 1.7, 5: 2.6}[severity]
+    power = power if draws("gamma", severity).random() < 0.5 else 1 / power
+    assert (change("gamma", severity) == np.round(255 * (wide / 255) ** power)).all()
+
+
+def test_noise_has_the_spread_it_says():
+    grey = np.full((200, 200, 3), 120, np.uint8)
+    for severity, spread in ((1, 6), (3, 20)):
+        noise = change("gaussian_noise", severity, grey).astype(float) - 120
+        assert noise.mean() == pytest.approx(0, abs=0.3)
+        assert noise.std() == pytest.approx(spread, rel=0.03)
+    for severity, photons in ((1, 120), (3, 25)):
+        counts = change("shot_noise", severity, grey).astype(float)
+        # Poisson: the variance of the counts is their mean.
+        assert counts.mean() == pytest.approx(120, rel=0.01)
+        assert counts.std() == pytest.approx(255 / photons * np.sqrt(120 / 255 * photons), rel=0.04)
+
+
+def test_blur_pixelation_and_jpeg_are_those_of_other_implementations():
+    from scipy.ndimage import gaussian_filter
+
+    # Radius .013 of the shorter side of 48 is below the least, 0.3 x 3.
+    expected = gaussian_filter(SMOOTH.astype(float), (0.9, 0.9, 0), mode="nearest")
+    inner = np.abs(change("blur", 3).astype(float) - expected)[4:-4, 4:-4]
+    assert inner.mean() < 1.0  # Pillow's filter is three box filters
+    square = np.asarray(Image.fromarray(SMOOTH).resize((50, 50)))
+    found = change("pixelate", 4, square)  # .22 of 50 is 11 blocks a side
+    edges = np.round(np.arange(12) * 50 / 11).astype(int)
+    assert len(np.unique(found.reshape(-1, 3), axis=0)) <= 121
+    block = square[edges[5] + 1 : edges[6] - 1, edges[5] + 1 : edges[6] - 1].reshape(-1, 3).mean(0)
+    assert np.abs(found[25, 25].astype(float) - block).max() < 6
+    buffer = io.BytesIO()
+    Image.fromarray(SMOOTH).save(buffer, "JPEG", quality=16)
+    with Image.open(buffer) as decoded:
+        assert (change("jpeg", 3) == np.asarray(decoded.convert("RGB"))).all()
+
+
+def test_occlusion_blackens_a_box_of_its_share_and_nothing_else():
+    light = np.full((100, 200, 3), 90, np.uint8)
+    for severity, share in ((1, 0.1), (5, 0.42)):
+        dark = (change("occlusion", severity, light) == 0).all(2)
+        assert dark.sum() == round(100 * share) * round(200 * share)
+        rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+        assert dark[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+
+
+def test_a_bias_field_is_smooth_positive_and_the_same_for_all_colours():
+    grey = np.full((60, 60, 3), 100, np.uint8)
+    ratio = np.log(change("bias_field", 3, grey).astype(float) / 100)
+    assert np.abs(ratio - ratio[:, :, :1]).max() == 0
+    assert np.abs(np.diff(ratio[:, :, 0], axis=0)).max() < 0.1
+    # Bicubic weights add up to at most 1.25 in size along each side; a grey is half a level off.
+    assert np.abs(ratio).max() < 0.45 * 1.25**2 + 0.02
+
+
+def test_stain_changes_each_stains_amount_by_one_line_for_the_whole_picture():
+    stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    amounts = rng.uniform(0.1, 0.5, (400, 3))
+    picture = (256 * np.exp(-amounts @ stains) - 1).round().astype(np.uint8).reshape(20, 20, 3)
+    before, after = (-np.log((p.reshape(-1, 3).astype(float) + 1) / 256) @ np.linalg.inv(stains)
+                     for p in (picture, change("stain", 3, picture)))  # fmt: skip
+    for c in range(3):
+        slope, shift = np.polyfit(before[:, c], after[:, c], 1)
+        assert abs(slope - 1) < 0.17 + 0.05
+        assert abs(shift) < 0.017 + 0.02
+        assert np.abs(after[:, c] - slope * before[:, c] - shift).max() < 0.06  # rounding to 256 greys
 
 
 def test_random_corruptions_differ_between_samples_and_seeds():

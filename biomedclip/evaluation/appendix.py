@@ -99,5 +99,6 @@ def _provenance(before: Mapping[str, Record], after: Mapping[str, Record]) -> st
     html = write_table(("", "task", "model", "weights", "data", "logit scale", "seed"), rows)
     for record in list(after.values())[:1]:
         html += f"<p>{to_text(', '.join(f'{k} {v}' for k, v in record['versions'].items()))}</p>"
-        html += f"<p>{to_text(record['model']['preprocess'])}</p>"
+        if record["model"].get("preprocess"):  # given scores have none
+            html += f"<p>{to_text(record['model']['preprocess'])}</p>"
     return html

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from biomedclip.errors import CheckpointError, ConfigError, DataError
 from biomedclip.evaluation.embedding_parts import PART_ROWS, Part, join_parts, read_parts, write_part
+from biomedclip.evaluation.packed import packing
 from biomedclip.files import sha256_json, write_atomic
 from biomedclip.progress import Advance, Progress, silent
 from biomedclip.schema import Drop, LabelledImage, Manifest
@@ -129,8 +130,9 @@ def embed_images(
                 advance(len(left))
             else:
                 known = sum(len(part.drops) for part in parts)
-                parts += _embed_here(model, rows, left, folder, batch_size, workers, device, precision, max_excluded,
-                                     known, advance)  # fmt: skip
+                with packing(model, device, precision):
+                    parts += _embed_here(model, rows, left, folder, batch_size, workers, device, precision,
+                                         max_excluded, known, advance)  # fmt: skip
     result = _assemble(parts, manifest, max_excluded)
     if path is not None:
         _write_cache(path, result)

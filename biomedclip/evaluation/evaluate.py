@@ -179,7 +179,8 @@ def _run(
 
     scored = Scored(
         task=task, manifest=plan.manifest, rows=rows, images=images.vectors, scores=scores,
-        sentences=plan.prompts, prompts=embed_prompts(plan.prompts, encoder), encoder=encoder, embed=embed,
+        sentences=plan.prompts, encoder=encoder,
+        embed_prompts=cache(lambda: embed_prompts(plan.prompts, encoder)), embed=embed,
         score=lambda some, vectors: score(plan, some, vectors, encoder), start_weights=start_weights,
         embed_texts=lambda texts: embed_texts(encoder.model, encoder.tokenizer, texts, device=encoder.device),
         read_split=lambda split: read_other_split(task, config.data[task.name], split), outside=outside,

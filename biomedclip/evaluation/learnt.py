@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from biomedclip.errors import DataError
+from biomedclip.errors import BiomedclipError, DataError
 from biomedclip.evaluation import calibration, metrics
 from biomedclip.evaluation.adapters.features import Features, Logits
 from biomedclip.evaluation.config import EvaluateConfig
@@ -42,7 +42,7 @@ def run_adapters(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
             extra = {"captions": scored.embed_texts(captions)}
         try:
             adapted = fits[name](support, selection, text=text, logit_scale=scored.logit_scale, **extra)
-        except DataError as error:
+        except BiomedclipError as error:
             table[name] = {"reason": str(error)[:200]}
             continue
         table[name] = _measure(test, adapted.logits(test.vectors)) | {
@@ -68,7 +68,7 @@ def run_few_shot(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
                     {name: fits[name]}, train, selection, test, shots=(shots,), seeds=range(config.few_shot.seeds),
                     text=class_weights(scored.prompts), logit_scale=scored.logit_scale,
                 )  # fmt: skip
-            except DataError as error:
+            except BiomedclipError as error:
                 failed[f"{name}, K = {shots}"] = str(error)[:200]
     short = sorted({scored.task.classes[c].label for row in rows for c in row.short})
     tags = ["selected_on_test"] if any(row.choice.on_test for row in rows) else []
@@ -153,8 +153,9 @@ def run_wise(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
     metric, model = scored.task.metrics.primary, scored.encoder.model
     start, end = scored.start_weights(), {k: v.detach().clone() for k, v in model.state_dict().items()}
     manifests = {scored.task.split: scored.manifest}
-    if scored.task.select_split is not None:
-        manifests[scored.task.select_split] = scored.read_split(scored.task.select_split)
+    chosen_on = scored.task.select_split
+    if chosen_on is not None and scored.has_split(chosen_on):
+        manifests[chosen_on] = scored.read_split(chosen_on)
 
     def evaluate() -> dict[str, float]:
         values = {}
@@ -169,9 +170,8 @@ def run_wise(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
                                config.wise.alphas))  # fmt: skip
     found: dict[str, Any] = {"metric": metric, "start": config.wise.start,
                              "curve": [{"alpha": alpha, **values} for alpha, values in curve]}  # fmt: skip
-    chosen_on = scored.task.select_split
-    if chosen_on is None:
-        return found | {"chosen": {"reason": "the task has no split to choose a point on"}}
+    if chosen_on is None or chosen_on not in manifests:
+        return found | {"chosen": {"reason": "there is no split to choose a point on"}}
     choice = choose_point(curve, chosen_on, split=chosen_on, scored_split=scored.task.split)
     alpha = choice.hparams["alpha"]
     return found | {"chosen": {**choice.describe(), "value": dict(curve)[alpha][scored.task.split]}}

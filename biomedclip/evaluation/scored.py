@@ -38,8 +38,8 @@ class Scored:
     scores: Scores
     sentences: Mapping[str, Sequence[str]]
     """{label: prompts}"""
-    prompts: Sequence[Vectors]
-    """Embeddings of each class's prompts; empty where the task has none."""
+    embed_prompts: Callable[[], Sequence[Vectors]]
+    """Embeds the sentences once, when they are first asked for."""
     encoder: Encoder
     embed: Callable[..., ImageEmbeddings]
     """`embed(manifest, read=None, fresh=False)`; `fresh` where the model carries other weights for a while."""
@@ -57,6 +57,11 @@ class Scored:
     def logit_scale(self) -> float:
         """Exponentiated."""
         return self.scores.logit_scale
+
+    @property
+    def prompts(self) -> Sequence[Vectors]:
+        """Embeddings of each class's prompts; empty where the task has none."""
+        return self.embed_prompts()
 
     @property
     def class_scores(self) -> ClassScores:
@@ -96,6 +101,14 @@ class Scored:
         y = np.asarray([label[row.labels[0]] for row in rows], dtype=np.int64)
         return Features(vectors=vectors, y=y, num_classes=len(label), split=split, groups=groups)
 
+    def has_split(self, split: str) -> bool:
+        """Whether the data has the split, as it should be: many copies of sets come without their validation part."""
+        try:
+            self.read_split(split)
+        except DataError:
+            return False
+        return True
+
     def test_features(self) -> Features:
         """The scored images."""
         scores = self.class_scores
@@ -105,8 +118,9 @@ class Scored:
     def selection(self, config: EvaluateConfig) -> Selection:
         """Where hyper-parameters are chosen: the selection split, or folds, or the scored one where it is allowed."""
         held = None
-        if self.task.select_split not in (None, "train"):
-            held = self.features(str(self.task.select_split))
+        chosen_on = self.task.select_split
+        if chosen_on not in (None, "train") and self.has_split(str(chosen_on)):
+            held = self.features(str(chosen_on))
         if config.allow_test_selection and held is None:
             held = self.test_features()
         return Selection(features=held, scored_split=self.task.split, allow_test=config.allow_test_selection,
