@@ -114,6 +114,7 @@ DATA_OPTIONS = {
     "compile": {"recipe", "--root", "--out", "--set", "--workers", "--names"},
     "lint": {"recipe", "--context"},
     "recipes": set(),
+    "sentences": {"articles", "--out", "--recipes"},
 }
 
 
