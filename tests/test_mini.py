@@ -227,3 +227,15 @@ def test_the_shipped_record_is_of_the_shipped_weights_and_says_what_was_asked_of
     assert not {name for source in record.sources for name in source.licences} - {"CC BY", "CC BY 4.0", "CC0", "MIT"}
     front = yaml.safe_load((Path(__file__).parent.parent / "model_cards" / f"{MINI}.md").read_text().split("---\n")[1])
     assert len(front["model-index"][0]["results"]) == len(record.tasks)
+
+
+def test_the_page_of_the_model_that_is_not_shipped_is_written_from_its_record():
+    from biomedclip.models.own_cards import record_card
+    from biomedclip.models.training_record import read_record
+
+    docs = Path(__file__).parent.parent / "docs"
+    record = read_record(docs / "mini_research.json")
+    again = "run: biomedclip models card docs/mini_research.json --out docs/mini_research.md"
+    assert (docs / "mini_research.md").read_text(encoding="utf-8") == record_card(record), again
+    assert record.notes.weights is not None
+    assert {"bccd", "pneumoniamnist"} < {task.task for task in record.tasks}
