@@ -24,13 +24,17 @@ def test_the_top_of_the_changelog_is_the_version():
 def config_model(path):
     from biomedclip.evaluation.config import EvaluateConfig
     from biomedclip.evaluation.vqa.config import VqaEvaluateConfig
+    from biomedclip.train_commands import read_task
     from biomedclip.training.config import TrainConfig
+    from biomedclip.training.text.config import TextTrainConfig
     from biomedclip.training.vqa.config import VqaTrainConfig
     from data_builders.build import BuildConfig
 
-    if path.name.startswith("medvqa"):
-        return {"train": VqaTrainConfig, "evaluate": VqaEvaluateConfig}[path.parent.name]
-    return {"build": BuildConfig, "train": TrainConfig, "evaluate": EvaluateConfig}[path.parent.name]
+    return {
+        ("build", ""): BuildConfig, ("train", ""): TrainConfig, ("evaluate", ""): EvaluateConfig,
+        ("train", "text"): TextTrainConfig, ("train", "medvqa"): VqaTrainConfig,
+        ("evaluate", "medvqa"): VqaEvaluateConfig,
+    }[path.parent.name, read_task(path)]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
