@@ -75,9 +75,8 @@ def largest_difference(first, second):
         {"strategy": "ddp"},
         {"strategy": "ddp", "micro_batch_size": 3},
         {"strategy": "fsdp"},
-        {"strategy": "fsdp", "micro_batch_size": 3},
     ],
-    ids=["ddp", "ddp in parts", "fsdp", "fsdp in parts"],
+    ids=["ddp", "ddp in parts", "fsdp"],
 )
 def test_two_processes_end_with_the_weights_of_one(one, folders, tmp_path, changes):
     two = run(tmp_path / "two", settings(folders, devices=2, **changes))

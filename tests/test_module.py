@@ -454,6 +454,7 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path):
 @pytest.mark.parametrize(("changes", "wrong"), [
     ({"batch_size": 9, "devices": 2}, "multiple of the 2 processes"),
     ({"strategy": "fsdp", "precision": "fp16"}, "fsdp goes with none"),
+    ({"strategy": "fsdp", "micro_batch_size": 4}, "fsdp does not go with micro_batch_size: embedding a part twice"),
 ])  # fmt: skip
 def test_configs_that_cannot_work_are_refused(changes, wrong):
     with pytest.raises(ConfigError, match=wrong):

@@ -340,6 +340,13 @@ class TrainConfig(Config):
             raise ValueError(
                 "fsdp goes with none of towers.stages, towers.freeze_positions and precision fp16; take ddp, or bf16"
             )
+        if self.strategy == "fsdp" and self.micro_batch_size:
+            # Seen with two processes on torch 2.15: one gathers a block's weights ahead, the other reduces gradients.
+            raise ValueError(
+                "fsdp does not go with micro_batch_size: embedding a part twice, once without gradients, leaves the "
+                "processes gathering weights in different orders, and they wait for each other; take ddp, or "
+                "towers.gradient_checkpointing"
+            )
         return self
 
     @model_validator(mode="after")

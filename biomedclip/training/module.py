@@ -184,9 +184,9 @@ class ContrastiveModule(LightningModule):
         surrogate.backward()
 
     def _exchange(self, wanted: bool) -> AbstractContextManager[object]:
-        """Where gradients stay in this process; sharded ones never do, as no process has room for all of them."""
+        """A context in which gradients stay in this process, unless their exchange is wanted."""
         strategy: Any = self.trainer.strategy
-        if wanted or world_size() == 1 or self.config.strategy == "fsdp":
+        if wanted or world_size() == 1:
             return nullcontext()
         blocked: AbstractContextManager[object] = strategy.block_backward_sync()
         return blocked
