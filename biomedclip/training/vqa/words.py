@@ -21,8 +21,9 @@ from biomedclip.evaluation.vqa.normalise import tokens
 from biomedclip.evaluation.vqa.questions import Question
 
 FOLDS = 5
-RIDGE = 1.0
-"""Added to the kernel's diagonal, which is 1: chosen by five-fold validation on VQA-RAD's training images."""
+RIDGE = 0.3
+"""Added to the kernel's diagonal, which is 1. By five folds of VQA-RAD's training images (1,823 closed questions): of
+the closed ones 60.5 % are right at 0.3, 60.0 at 1 and 59.4 at 3; the type of 97.1, 96.2 and 93.7 % of all."""
 
 Floats = NDArray[np.float64]
 
