@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _SHOWN = 180
-"""Characters of a caption that stand under a picture, about five lines; the whole of a longer one opens with a click."""
+"""Characters of a caption under a picture, about five lines; the whole of a longer one opens with a click."""
 _FOOTER = "For research only; not for clinical use. Each picture stands under the licence that its line names."
 
 

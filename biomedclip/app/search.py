@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from biomedclip.annotation.embeddings import PLACE_COLUMNS
 from biomedclip.app.encoder import Encoder
-from biomedclip.app.nearest import CENTROIDS, CODES, EXACT_BYTES, TRAINING_VECTORS, Coded, Exact, write_codes
+from biomedclip.app.nearest import CENTROIDS, CODES, EXACT_BYTES, ROTATION, TRAINING_VECTORS, Coded, Exact, write_codes
 from biomedclip.app.shard_vectors import ShardVectors, cache_of, embed_shards, find_vectors, owning
 from biomedclip.errors import ConfigError, DataError
 from biomedclip.files import remove_leftovers, sha256_file, sha256_json, write_atomic, write_json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ROWS, FACTS = "rows.arrow", "index.json"
-_FORMAT = 1
+_FORMAT = 2
 _FETCH = "fetch the shard again, or rebuild the dataset"
 _COLUMNS = PLACE_COLUMNS | {
     name: INDEX_COLUMNS[name] for name in ("source", "article_id", "figure_id", "licence", "split")
@@ -204,7 +204,7 @@ def _build(dataset: DatasetFolder, vectors: Sequence[ShardVectors], folder: Path
         rows = _map_rows(folder)
         with progress(f"indexing {dataset.manifest['name']}", total) as advance:
             write_codes(folder, dim, total, _choose_sample(vectors, rows), _read_live(vectors, rows, advance))
-        names += [CODES, CENTROIDS]
+        names += [CODES, CENTROIDS, ROTATION]
     facts = {"format": _FORMAT, "dataset": str(dataset.folder.resolve()), "samples": total, "dim": dim,
              "state": _describe_state(dataset, vectors),
              "files": {name: sha256_file(folder / name) for name in names}}  # fmt: skip
