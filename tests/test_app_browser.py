@@ -58,9 +58,16 @@ def model(tmp_path_factory):
     """The bundled model, or one without training where its weights are not there."""
     if (bundled_folder("mini") / WEIGHTS_FILE).is_file():
         return "biomedclip-mini"
-    from tiny_model import write_tiny_model
+    import torch
 
-    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "untrained"))
+    import biomedclip
+    from biomedclip.models.export import export_open_clip
+    from biomedclip.models.load import find_origin
+
+    torch.manual_seed(0)
+    untrained, _, _ = biomedclip.load("biomedclip-demo", random_init=True)
+    config = find_origin("biomedclip-demo", random_init=True).model_cfg
+    return str(export_open_clip(untrained, tmp_path_factory.mktemp("model") / "untrained", model_cfg=config))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +139,9 @@ def choose_example(page, name):
 
 def read_bars(page):
     """{label: percent} of the answer, in the order on the screen."""
-    page.wait_for_selector("#classify-answer .bc-top")
+    page.wait_for_selector("#classify-answer .bc-top, #classify-answer .bc-warning")
+    said = page.locator("#classify-answer").inner_text()
+    assert page.locator("#classify-answer .bc-top").count(), said
     rows = page.locator("#classify-answer table.bars tr").all()
     return {row.locator("th").inner_text(): float(row.locator(".number").inner_text().split()[0]) for row in rows}
 
