@@ -80,7 +80,8 @@ def results(tmp_path):
                                cosines=cosines, logit_scale=1.0)  # fmt: skip
             record = {
                 "task": f"t{t}", "suite": "own", "title": f"Task {t}", "kind": "zero_shot", "primary": "accuracy",
-                "model": {"name": name, "fingerprint": name, "logit_scale": 1.0}, "prompts": {}, "published": [], "warnings": [],
+                "model": {"name": name, "fingerprint": name, "logit_scale": 1.0, "preprocess": "none"},
+                "prompts": {}, "published": [], "warnings": [],
                 "dataset": {"n": 120, "excluded": {"n": 0, "by_reason": {}, "listed": []}, "manifest_sha256": "x",
                             "split": "test", "contamination": "none", "classes": ["a", "b", "c"], "licence": "MIT",
                             "citation": "none", "n_groups": None, "group": None, "class_counts": [40, 40, 40]},

@@ -34,7 +34,8 @@ def run_adapters(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
     text, fits = class_weights(scored.prompts), _fits(scored, config)
     table: dict[str, Any] = {}
     for name in config.adapters:
-        support, extra = train, {}
+        support = train
+        extra: dict[str, Any] = {}
         if name == "coop":  # a few-shot method: hundreds of images a class would be hours of a text tower's gradients
             support = train.take(draw_shots(train, config.prompt_learning.per_class, config.seed)[0])
         elif name == "caps":
