@@ -123,7 +123,7 @@ def explain(
     """Show where in a picture the evidence for a label lies, as a picture; for research only.
 
     The map is checked: its hottest tenth is hidden, and the fall of the cosine compared with hiding the same shape at
-    40 random places. A map that does no better than chance is written all the same, and says so.
+    40 random places. A map that is not clearly better than chance is written all the same, and says so.
     """
     from biomedclip.app.explain_file import write_explanation
 

@@ -60,7 +60,9 @@ class Faithfulness:
             f" {_number(self.drop_elsewhere)} on average, less at {self.rank:.0%} of {self.places} places"
         )
         verdict = (
-            "the map shows what the score rests on" if self.holds else "no better than chance, do not read this map"
+            "the map shows what the score rests on"
+            if self.holds
+            else "not clearly better than chance, do not rely on this map"
         )
         return f"{numbers}: {verdict}"
 
