@@ -121,6 +121,6 @@ def evaluate_questions(config: Path, out: Path, overrides: Sequence[str], *, sho
     from biomedclip.evaluation.vqa.run import rank_models
     from biomedclip.progress import terminal
 
-    chosen = {"language": settings.language, "split": settings.split, "phrase_type": settings.phrase_type}
     typer.echo(rank_models(Path(settings.root).expanduser(), settings.models, out, layout=settings.layout,
-                           resamples=settings.resamples, progress=terminal, **chosen))  # fmt: skip
+                           language=settings.language, split=settings.split, phrase_type=settings.phrase_type,
+                           resamples=settings.resamples, progress=terminal))  # fmt: skip

@@ -9,6 +9,8 @@ that only the fusion differs. Shape letters beside the design's: R regions, W wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,10 +111,11 @@ class TransformerFusion(nn.Module):
 
 def silence(fusion: nn.Module) -> None:
     """Let a fusion say 0 for every answer until it is trained: what it is added to is then heard first."""
-    last = fusion.answers if isinstance(fusion, QcrFusion) else [fusion.answer]
-    for answer in last:
-        nn.init.zeros_(answer[-1].weight)  # type: ignore[index,arg-type]
-        nn.init.zeros_(answer[-1].bias)  # type: ignore[index,arg-type]
+    answers = list(fusion.answers) if isinstance(fusion, QcrFusion) else [fusion.answer]
+    for answer in answers:
+        last: Any = answer[-1]  # type: ignore[index]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
 
 FUSIONS = {"concat": ConcatFusion, "qcr": QcrFusion, "transformer": TransformerFusion}
