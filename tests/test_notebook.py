@@ -47,7 +47,8 @@ def test_the_notebook_runs_from_top_to_bottom_and_gives_what_it_shows(tmp_path, 
         if before.cell_type == "code":
             kinds = [[output.output_type for output in cell.outputs] for cell in (before, after)]
             assert kinds[0] == kinds[1], before.source
-            # Numbers may differ in the last digits from machine to machine; words may not.
+            # Numbers may differ in the last digits from machine to machine; words may not. Where the model has changed:
+            # jupyter execute --inplace docs/quickstart.ipynb
             words = [
                 [re.sub(r"[\d.+-]+", "#", output.get("text", "")) for output in cell.outputs]
                 for cell in (before, after)
