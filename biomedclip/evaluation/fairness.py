@@ -122,7 +122,7 @@ def cross(*attributes: Sequence[str | None]) -> list[str | None]:
 
 
 def background_gap(
-    correct: ArrayLike, y: ArrayLike, background: Sequence[str], *, min_size: int = 20
+    correct: ArrayLike, y: ArrayLike, background: Sequence[str | None], *, min_size: int = 20
 ) -> Mapping[str, Any]:
     """Does the background decide: worst and mean accuracy over class x background (Sagawa et al. 2020).
 
