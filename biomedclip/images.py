@@ -201,7 +201,8 @@ def _open(data: bytes, at_least_px: int | None = None) -> Image.Image:
             image = JpegImageFile(io.BytesIO(data))
         if at_least_px is not None and _scales_in_little_memory(image):
             short = min(image.size)
-            image.draft(None, tuple(max(1, at_least_px * side // short) for side in image.size))
+            wide, high = (max(1, at_least_px * side // short) for side in image.size)
+            image.draft(None, (wide, high))
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("image_bomb", f"{image.width}x{image.height}")
     return image

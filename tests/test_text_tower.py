@@ -12,7 +12,8 @@ from data_builders.labels.recipe import load_recipe
 from data_builders.sentences import article_sentences, recipe_sentences, split_sentences, write_sentences
 
 ARTICLE = b"""<article><front><article-meta><title-group>
-<article-title>Cells of the human blood in smears</article-title></title-group></article-meta></front><body><sec><title>Methods</title><p>Smears were stained by Dr. Giemsa et al. in
+<article-title>Cells of the human blood in smears</article-title></title-group></article-meta></front><body>
+<sec><title>Methods</title><p>Smears were stained by Dr. Giemsa et al. in
 1904. Cells (Fig. 2A) were counted by hand by two readers.<fig><caption><p>A smear of blood with one leukocyte.</p>
 </caption></fig></p></sec></body></article>"""
 

@@ -41,7 +41,9 @@ def draw_explanation(explanation: Explanation) -> Image.Image:
     tall = min(max(picture.height / picture.width, 0.45), 1.8)
     lines = [part for line in explanation.describe() for part in textwrap.wrap(line, 150)]
     figure = Figure(figsize=(10.4, 4.6 * tall + 0.55 + 0.21 * len(lines)), dpi=_DPI, layout="constrained")
-    panels, words = figure.subfigures(2, 1, height_ratios=[4.6 * tall + 0.45, 0.1 + 0.21 * len(lines)])
+    panels, words = figure.subfigures(  # type: ignore[misc]
+        2, 1, height_ratios=[4.6 * tall + 0.45, 0.1 + 0.21 * len(lines)]
+    )
     left, right = panels.subplots(1, 2)
     left.imshow(picture)
     left.set_title("picture", fontsize=11)

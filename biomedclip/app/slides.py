@@ -66,7 +66,8 @@ def find_levels(file: BinaryIO) -> list[Any]:
 
     Pages of another shape are other pictures (label, macro) and left out.
     """
-    pages, offset, seen = [], _first_offset(file), set()
+    pages: list[Any] = []
+    offset, seen = _first_offset(file), set()
     while offset and offset not in seen and len(pages) < _MAX_PAGES:
         seen.add(offset)
         page = _read_directory(file, offset)

@@ -141,7 +141,7 @@ def add_dataset_tab(holdings: Holdings, page: gr.Blocks) -> None:
     name = gr.Dropdown(names, value=names[0], label="Dataset", elem_id="dataset-name", visible=len(names) > 1)
     about = gr.HTML(elem_id="dataset-about")
     with gr.Row(elem_id="dataset-fields"):
-        fields = [
+        fields: list[Any] = [
             gr.Dropdown(
                 [("any", EVERY)], value=EVERY, label=field.capitalize(), min_width=130, elem_id=f"field-{field}"
             )
@@ -156,10 +156,11 @@ def add_dataset_tab(holdings: Holdings, page: gr.Blocks) -> None:
     samples = gr.HTML(elem_id="dataset-samples")
     number = gr.State(0)
 
-    def show(name: str, split: str, licence: str, source: str, label: str, words: str, turn: int) -> tuple[Any, ...]:
+    def show(name: str, *asked: Any) -> tuple[Any, ...]:
+        *chosen, turn = asked
         try:
             dataset = holdings.dataset(name)
-            rows = choose_rows(dataset, Fields(*(value or "" for value in (split, licence, source, label, words))))
+            rows = choose_rows(dataset, Fields(*(value or "" for value in chosen)))
             last = max(0, (len(rows) - 1) // SHOWN)
             turn = min(max(turn, 0), last)
             return show_samples(dataset, rows, turn), describe_place(len(rows), turn), turn

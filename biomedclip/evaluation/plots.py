@@ -103,8 +103,8 @@ def draw_ranks(ranks: Mapping[str, float], critical: float, alike: Sequence[Sequ
     marks.append(f'<text x="{x(1)}" y="12">critical difference {critical:.2f}{beyond}</text>')
     for number, group in enumerate(alike):
         ends = [ranks[name] for name in group]
-        y = top + 12 + 8 * number
-        marks.append(f'<line x1="{x(min(ends)) - 4}" x2="{x(max(ends)) + 4}" y1="{y}" y2="{y}" '
+        at_y = top + 12 + 8 * number
+        marks.append(f'<line x1="{x(min(ends)) - 4}" x2="{x(max(ends)) + 4}" y1="{at_y}" y2="{at_y}" '
                      f'style="stroke:var(--accent);stroke-width:4"/>')  # fmt: skip
     base = top + 30 + 8 * len(alike)
     for number, (name, rank) in enumerate(sorted(ranks.items(), key=lambda item: item[1])):

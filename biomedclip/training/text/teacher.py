@@ -33,7 +33,7 @@ def embed_sentences(
     model, tokenise = _load(teacher)
     order = np.argsort([len(sentence) for sentence in sentences], kind="stable")
     vectors: NDArray[np.float32] | None = None
-    with progress("sentences by the teacher", total=len(sentences)) as advance:
+    with progress("sentences by the teacher", len(sentences)) as advance:
         for start in range(0, len(order), PART):
             rows = order[start : start + PART]
             part = [sentences[row] for row in rows]

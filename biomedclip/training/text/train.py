@@ -75,7 +75,7 @@ def train_text(
         )
     loader = DataLoader(learn, batch_size=config.batch_size, shuffle=True, drop_last=True,
                         generator=torch.Generator().manual_seed(config.seed))  # fmt: skip
-    with quiet_lightning(), progress("text tower", total=steps) as advance:
+    with quiet_lightning(), progress("text tower", steps) as advance:
         trainer = Trainer(
             max_steps=steps, accelerator="auto", devices=1, gradient_clip_val=config.optim.clip_norm, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
