@@ -217,6 +217,7 @@ def models_card(
 ) -> None:
     """Write a model's card; of a run only where nothing is missing: notes, data licences, results with intervals."""
     from biomedclip.files import write_json, write_text
+    from biomedclip.models.calibration import CALIBRATION_FILE, read_calibration
     from biomedclip.models.own_cards import record_card
     from biomedclip.models.training_record import read_record
 
@@ -227,7 +228,9 @@ def models_card(
             return typer.echo(str(out))
         text = record_card(record)
     elif target.endswith(".json"):
-        text = record_card(read_record(target))
+        beside = Path(target).parent
+        known = read_calibration(beside) if (beside / CALIBRATION_FILE).is_file() else None
+        text = record_card(read_record(target), calibration=known)
     else:
         text = _write_zoo_card(target)
     if out is None:
