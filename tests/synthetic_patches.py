@@ -21,19 +21,30 @@ TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "laye
 
 @dataclass(frozen=True)
 class PatchPicture:
-    """One noisy picture with a square, in red and in green; (3, H, W), normalised."""
+    """One noisy picture with a square, in red, in green, and in red beside a green one; (3, H, W), normalised."""
 
     red: torch.Tensor
     green: torch.Tensor
+    both: torch.Tensor
     top: int
     left: int
     side: int
+    other: tuple[int, int]
+    """Top and left of the green square in `both`."""
 
     def holds_peak(self, heat: torch.Tensor) -> bool:
         """Whether the strongest place of a map lies in the square, or in a patch of 8 pixels that the square cuts."""
         row, column = divmod(int(heat.flatten().argmax()), heat.shape[1])
         low, high = -4, self.side + 4
         return low <= row - self.top < high and low <= column - self.left < high
+
+    def prefers_red(self, heat: torch.Tensor) -> bool:
+        """Whether a map of `both` is stronger in the red square than in the green one."""
+        red, green = (
+            heat[top : top + self.side, left : left + self.side].mean()
+            for top, left in ((self.top, self.left), self.other)
+        )
+        return bool(red > green)
 
 
 def draw_patches(count: int, size: int, seed: int) -> list[PatchPicture]:
@@ -42,14 +53,19 @@ def draw_patches(count: int, size: int, seed: int) -> list[PatchPicture]:
     side, drawn = size // 4, []
     for _ in range(count):
         noise = F.avg_pool2d(torch.rand(3, size, size, generator=generator) * 0.6 + 0.2, 3, 1, 1)
-        top, left = torch.randint(0, size - side, (2,), generator=generator).tolist()
-        pair = []
-        for colour in COLOURS:
-            picture = noise.clone()
-            picture[:, top : top + side, left : left + side] = colour[:, None, None]
-            pair.append((picture - 0.5) / 0.25)
-        drawn.append(PatchPicture(pair[0], pair[1], top, left, side))
+        here, there = (0, 0), (0, 0)
+        while max(abs(here[0] - there[0]), abs(here[1] - there[1])) < side + 4:
+            here, there = (tuple(torch.randint(0, size - side, (2,), generator=generator).tolist()) for _ in "ab")
+        red, green = _paint(noise, COLOURS[0], here, side), _paint(noise, COLOURS[1], here, side)
+        both = _paint(red, COLOURS[1], there, side)
+        drawn.append(PatchPicture(*((one - 0.5) / 0.25 for one in (red, green, both)), *here, side, there))
     return drawn
+
+
+def _paint(picture: torch.Tensor, colour: torch.Tensor, corner: tuple[int, ...], side: int) -> torch.Tensor:
+    painted = picture.clone()
+    painted[:, corner[0] : corner[0] + side, corner[1] : corner[1] + side] = colour[:, None, None]
+    return painted
 
 
 @dataclass(frozen=True)

@@ -211,19 +211,25 @@ def test_a_planted_patch_is_found_by_a_trained_tower_and_not_by_a_random_one(nam
     model, texts = patch_model(name)
     size = PATCH_TOWERS[name].size
     pictures = draw_patches(40, size, seed=9)
-    found, alike, held = 0, [], 0
+    found, held, chosen, chosen_by_chance = 0, 0, 0, 0
     stranger = random_copy(model)
     for number, picture in enumerate(pictures):
-        pixels, towards = (picture.red, texts[0]) if number % 2 else (picture.green, texts[1])
-        heat, _ = find_evidence(model, cosine_with(model, towards), pixels[None])
+        asked, other = (texts[0], texts[1]) if number % 2 else (texts[1], texts[0])
+        pixels = picture.red if number % 2 else picture.green
+        heat, _ = find_evidence(model, cosine_with(model, asked), pixels[None])
         found += picture.holds_peak(heat)
-        held += check_by_deletion(cosine_with(model, towards), pixels[None], heat).holds
-        other, _ = find_evidence(stranger, cosine_with(stranger, towards), pixels[None])
-        alike.append(np.corrcoef(heat.flatten(), other.flatten())[0, 1] if other.std() > 0 else 0.0)
+        held += check_by_deletion(cosine_with(model, asked), pixels[None], heat).holds
+        # Of two squares that stand out alike, only what was learnt tells which one is asked for.
+        heat, _ = find_evidence(model, cosine_with(model, asked - other), picture.both[None])
+        chosen += picture.prefers_red(heat) == bool(number % 2)
+        heat, _ = find_evidence(stranger, cosine_with(stranger, asked - other), picture.both[None])
+        chosen_by_chance += picture.prefers_red(heat) == bool(number % 2)
     assert found >= 36, "the patch is found in at least 90 % of the pictures"
     assert held >= 36, "hiding the map's hottest tenth matters"
-    # Adebayo et al. 2018: a map that stays when the weights go shows the picture and not the model.
-    assert np.mean(alike) < 0.5
+    assert chosen >= 36, "the map is another one for another label"
+    # Adebayo et al. 2018: a map that stays when the weights go shows the picture and not the model. 30 of 40 heads of a
+    # fair coin are 1 in 1,000.
+    assert 10 <= chosen_by_chance <= 30
 
 
 def test_a_model_that_others_use_meanwhile_gives_the_same_map():

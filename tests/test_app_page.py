@@ -1,5 +1,6 @@
 """The page without a browser: what its tabs say, what its gate refuses, and that it asks nobody outside."""
 
+import gc
 import io
 import json
 import os
@@ -34,6 +35,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_open():
+    """Gradio's event loops, sockets and uploads go here, and not in the middle of another module's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 LINES = "normal: a normal chest X-ray\npneumonia: pneumonia\npneumonia: lungs with pneumonia"
 
 

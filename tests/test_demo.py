@@ -79,13 +79,11 @@ def test_the_weights_load_by_the_folder_and_in_open_clip(done):
     assert torch.equal(preprocess(picture), their_preprocess(picture))
 
 
-def test_the_lines_of_the_readme_run_as_they_stand(done):
-    from PIL import Image
-
+def test_the_lines_of_the_readme_run_as_they_stand():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    names = {"picture": Image.new("L", (28, 28), 90)}
-    exec(lines.replace('"demo/run"', repr(str(done[0].report.parent / "run"))), names)
+    names: dict = {}
+    exec(lines, names)
     assert names["probabilities"].shape == (1, 2)
     assert abs(names["probabilities"].sum().item() - 1) < 1e-5
 

@@ -12,6 +12,7 @@ from PIL import Image
 from biomedclip.errors import DataError
 from biomedclip.evaluation.report import results_table, summarise, summary_table, write_report
 from biomedclip.evaluation.results import write_result
+from biomedclip.evaluation.retrieval import KS
 from biomedclip.evaluation.scores import ClassScores, RankScores, measure
 from biomedclip.evaluation.tasks import find_task
 from biomedclip.images import check_image
@@ -123,6 +124,8 @@ def rank_scores(ranks):
         sample_ids=tuple(f"fig-{i}" for i in range(n)), group_ids=tuple(str(i // 2) for i in range(n)),
         caption_ids=np.arange(n), image_to_text=ranks, text_to_image=ranks, image_to_text_top=np.arange(n),
         text_to_image_top=np.arange(n), cosines=np.zeros(n, np.float32), logit_scale=14.3,
+        image_to_text_full=(ranks[:, None] <= KS).astype(float),
+        text_to_image_full=(ranks[:, None] <= KS).astype(float),
     )  # fmt: skip
 
 

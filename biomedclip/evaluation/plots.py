@@ -107,12 +107,12 @@ def draw_ranks(ranks: Mapping[str, float], critical: float, alike: Sequence[Sequ
         marks.append(f'<line x1="{x(min(ends)) - 4}" x2="{x(max(ends)) + 4}" y1="{at_y}" y2="{at_y}" '
                      f'style="stroke:var(--accent);stroke-width:4"/>')  # fmt: skip
     base = top + 30 + 8 * len(alike)
-    for number, (name, rank) in enumerate(sorted(ranks.items(), key=lambda item: item[1])):
-        y, at = base + 22 * number, x(rank)
+    for number, (name, mean) in enumerate(sorted(ranks.items(), key=lambda item: item[1])):
+        y, at = base + 22 * number, x(mean)
         marks.append(f'<circle class="dot after" cx="{at}" cy="{top}" r="4.5"/>')
         marks.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{top}" y2="{y - 4}"/>')
         side, shift = ("start", 6) if at < (left + right) / 2 else ("end", -6)
-        marks.append(f'<text x="{at + shift}" y="{y}" text-anchor="{side}">{escape(name)}, {rank:.2f}</text>')
+        marks.append(f'<text x="{at + shift}" y="{y}" text-anchor="{side}">{escape(name)}, {mean:.2f}</text>')
     bottom = base + 22 * len(ranks)
     return (f'<svg class="chart" viewBox="0 0 860 {bottom}" role="img" aria-label="mean ranks of models">'
             f"{''.join(marks)}</svg>")  # fmt: skip
