@@ -114,10 +114,10 @@ def patch_model(name: str) -> tuple[nn.Module, torch.Tensor]:
     return model, texts
 
 
-def random_copy(model: nn.Module) -> nn.Module:
+def random_copy(model: nn.Module, seed: int) -> nn.Module:
     """The same tower with random weights: every parameter with more than one dimension drawn anew."""
     stranger = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stranger.visual.parameters():
             if parameter.dim() > 1:
