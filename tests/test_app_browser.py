@@ -135,6 +135,7 @@ def choose_example(page, name):
     page.wait_for_function(
         f"document.querySelector('#classify-about').innerText.startsWith('{name.replace(' ', '_')},')"
     )
+    page.wait_for_timeout(500)  # the other fields of the same answer follow one by one
 
 
 def read_bars(page):

@@ -8,7 +8,7 @@ reads or writes most of them; what they show is made by plain functions (`asked.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -65,11 +65,20 @@ def add_classify_tab(holdings: Holdings, page: gr.Blocks) -> None:
     _ClassifyTab(holdings)
 
 
+class Written(NamedTuple):
+    """What the page wrote last: labels, the prompts that stand for them, their task, and the prompts before."""
+
+    labels: str
+    prompts: str
+    task: str
+    before: str | None = None
+
+
 class _ClassifyTab:
     def __init__(self, holdings: Holdings) -> None:
         self.holdings, self.samples = holdings, list_samples()
         self.chosen = gr.State(None)
-        self.written = gr.State(_FIRST_LABELS)  # the labels that the prompts were written for
+        self.written = gr.State(Written(_FIRST_LABELS, prompts_of_labels(_FIRST_LABELS), OWN))
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
                 self._add_picture()
@@ -141,7 +150,7 @@ class _ClassifyTab:
         self.number.input(
             self.turn, [self.chosen, self.number], [self.preview, self.about, *empty], **at_picture
         )  # fmt: skip
-        self.task.input(self.fill_in, self.task, words[1:], **quiet)
+        self.task.input(self.fill_in, [self.task, self.prompts], words[1:], **quiet)
         gr.on([self.labels.submit, self.labels.blur], self.change_labels, words,
               [self.task, self.prompts, self.written, self.answer], **quiet)  # fmt: skip
         self.ask.click(
@@ -162,7 +171,7 @@ class _ClassifyTab:
         name = names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else names[0]
         task = _FITTING.get(name, OWN)
         return (
-            None, task, *self.fill_in(task, _FIGURE_LABELS), *self._take(Chosen(self.samples[name], name, window))
+            None, task, *self.fill_in(task, own=_FIGURE_LABELS), *self._take(Chosen(self.samples[name], name, window))
         )  # fmt: skip
 
     def take_window(self, chosen: Chosen | None, window: str) -> tuple[Any, ...]:
@@ -193,35 +202,49 @@ class _ClassifyTab:
             return None, say(error), *rest
         return shrink(image), describe(picture, image), *rest
 
-    def fill_in(self, task: str, own: str = _FIRST_LABELS) -> tuple[str, str, str]:
+    def fill_in(self, task: str, prompts: str = "", own: str = _FIRST_LABELS) -> tuple[str, str, Written]:
         question = ask_task(task) if task else None
         shown = ", ".join(question.labels) if question else own
-        return shown, write_prompts(question) if question else prompts_of_labels(own), shown
+        new = write_prompts(question) if question else prompts_of_labels(own)
+        return shown, new, Written(shown, new, task, before=prompts)
 
-    def change_labels(self, task: str, labels: str, prompts: str, written: str) -> tuple[Any, ...]:
-        if labels == written:
+    def change_labels(self, task: str, labels: str, prompts: str, written: Written) -> tuple[Any, ...]:
+        if labels == written.labels:
             return task, prompts, written, gr.skip()
         try:
-            return OWN, prompts_of_labels(labels), labels, gr.skip()
+            new = prompts_of_labels(labels)
+            return OWN, new, Written(labels, new, OWN, before=prompts), gr.skip()
         except BiomedclipError as error:
             return task, prompts, written, say(error)
 
     def classify(
-        self, chosen: Chosen | None, number: int, task: str, labels: str, prompts: str, written: str
+        self, chosen: Chosen | None, number: int, task: str, labels: str, prompts: str, written: Written
     ) -> tuple[Any, ...]:
         same = (task, prompts, written, gr.Dropdown(), gr.Dropdown(), _NO_MAP, gr.Image(None, visible=False))
         if chosen is None:
             return write_notice("Choose a picture first: upload one, or click one of ours.", kind="warning"), *same
         try:
             # A click on the button leaves the field of labels and asks at the same moment: the labels go first.
-            if labels != written:
+            # The field's own event may have answered already, and not yet in the browser: its old prompts are stale.
+            if labels != written.labels:
                 task, prompts = OWN, prompts_of_labels(labels)
+            elif prompts == written.before:
+                task, prompts = written.task, written.prompts
             answer, order = classify_picture(self.holdings, chosen.read(number)[0], prompts, task)
         except BiomedclipError as error:
             return say(error), *same
         others = gr.Dropdown([("anything else", ""), *((name, name) for name in order)], value=order[1])
         best = gr.Dropdown(order, value=order[0])
-        return answer, task, prompts, labels, best, others, _NO_MAP, gr.Image(None, visible=False)
+        return (
+            answer,
+            task,
+            prompts,
+            Written(labels, prompts, task),
+            best,
+            others,
+            _NO_MAP,
+            gr.Image(None, visible=False),
+        )
 
     def explain(
         self, chosen: Chosen | None, number: int, prompts: str, label: str | None, against: str | None
