@@ -108,6 +108,7 @@ class Loop:
 def make_ours(name: str, fast: bool) -> Callable[[list[Path]], np.ndarray]:
     """Our classifier as a function of file names."""
     classifier = Classifier(Encoder(name, fast=fast), ask_labels(LABELS))
+    classifier.calibration = None  # the loop has no temperature
 
     def classify(paths: list[Path]) -> np.ndarray:
         sources = find_sources([str(path) for path in paths]).files
