@@ -219,6 +219,7 @@ def test_what_another_config_left_is_overwritten(
     assert manifest["provenance"]["config"]["shuffle_seed"] == 5
 
 
+@pytest.mark.timeout(600)  # a busy machine starts a dozen processes slowly
 @pytest.mark.fault
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_moment_and_a_rerun_give_the_same_bytes(
