@@ -124,6 +124,7 @@ def sentences(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_tower_comes_near_its_teacher_and_starts_a_pretraining_run(teacher, sentences, tmp_path) -> None:
     from biomedclip.models.backbones import fill_text_tower
     from biomedclip.models.load import load
