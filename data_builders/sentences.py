@@ -8,8 +8,11 @@ knows the usual abbreviations; a wrong cut costs a training sentence and nothing
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,11 +112,14 @@ def _all_sentences(articles: Sequence[str | Path], recipes: bool, counts: Counte
 
 def _read_files(place: Path, counts: Counter[str]) -> Iterator[bytes]:
     """The bytes of the XML files of a folder, a tar or one file, by name."""
-    if place.is_dir():
-        for path in sorted(path for path in place.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
-            yield path.read_bytes()
-    elif place.suffix in SUFFIXES and place.is_file():
-        yield place.read_bytes()
+    if place.is_dir() or (place.suffix in SUFFIXES and place.is_file()):
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.suffix not in SUFFIXES or not path.is_file():
+                continue
+            if path.stat().st_size > MAX_FILE_BYTES:
+                counts["too_large"] += 1
+            else:
+                yield path.read_bytes()
     elif place.is_file():
         yield from _read_tar(place, counts)
     else:
@@ -132,5 +138,7 @@ def _read_tar(place: Path, counts: Counter[str]) -> Iterator[bytes]:
                 content = tar.extractfile(member)
                 if content is not None:
                     yield content.read()
-    except tarfile.TarError as error:
-        raise DataError(place, "is no readable tar", found=str(error)[:80]) from None
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(
+            place, "is no whole tar", found=str(error)[:80], todo="fetch it again, or name the unpacked folder"
+        ) from None  # fmt: skip

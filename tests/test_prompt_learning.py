@@ -15,7 +15,7 @@ from biomedclip.evaluation.adapters.prompt_learning import (
     train_context,
 )
 from biomedclip.evaluation.adapters.wise import choose_point, sweep_weights
-from biomedclip.training.wise import carrying, interpolate
+from biomedclip.models.interpolate import carrying, interpolate
 
 NAMES = ["red cell", "white cell", "platelet"]
 tokenizer = open_clip.SimpleTokenizer(context_length=16)

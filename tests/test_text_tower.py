@@ -1,6 +1,7 @@
 """`task: text`: sentences out of articles, the teacher's vectors, the loss, and a whole small run."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_recipes_give_their_names_bare_and_with_every_modality() -> None:
     assert "platelet: small purple cell fragment without a nucleus" in found
 
 
-def test_every_sentence_is_written_once_and_bad_files_are_counted(tmp_path) -> None:
+def test_every_sentence_is_written_once_and_bad_files_are_counted(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "articles"
     folder.mkdir()
     for name in ("a.xml", "b.nxml"):
@@ -52,6 +53,20 @@ def test_every_sentence_is_written_once_and_bad_files_are_counted(tmp_path) -> N
     assert sum(counts[reason] for reason in ("xml_error", "not_an_article", "empty_file")) == 2
     with pytest.raises(DataError, match="neither a folder nor a file"):
         write_sentences([tmp_path / "gone"], tmp_path / "words.txt")
+    whole = tmp_path / "whole.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        tar.add(folder / "a.xml", "deep/a.xml")
+        tar.add(folder / "b.nxml", "deep/b.nxml")
+    assert write_sentences([whole], tmp_path / "words.txt")["articles"] == 2
+    (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:-60])
+    (tmp_path / "junk.tar.gz").write_bytes(b"\x1f\x8b" + bytes(range(200)))
+    for name in ("cut.tar.gz", "junk.tar.gz"):
+        with pytest.raises(DataError, match="is no whole tar"):
+            write_sentences([tmp_path / name], tmp_path / "words.txt")
+    monkeypatch.setattr("data_builders.sentences.MAX_FILE_BYTES", len(ARTICLE) - 1)
+    for place in (folder, whole):
+        with pytest.raises(DataError, match="holds no sentence"):
+            write_sentences([place], tmp_path / "words.txt")
     with pytest.raises(DataError, match="holds no sentence"):
         write_sentences([folder / "d.xml"], tmp_path / "words.txt")
 
@@ -146,6 +161,23 @@ def test_a_tower_comes_near_its_teacher_and_starts_a_pretraining_run(teacher, se
     assert torch.equal(model.encode_text(tokens), other.encode_text(tokens))
     with pytest.raises(CheckpointError, match="another text tower"):
         fill_text_tower(load("ViT-S-32-alt", random_init=True)[0], tmp_path / "run")
+
+
+def test_the_teachers_vectors_are_kept_and_a_damaged_part_is_made_again(teacher, tmp_path) -> None:
+    from biomedclip.training.text.teacher import embed_sentences
+
+    said = ["a red blood cell", "lung scan", "the bone of the lung"]
+    first = embed_sentences(said, teacher, tmp_path, max_tokens=16)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-3)
+    (part,) = tmp_path.glob("*.npy")
+    kept = part.read_bytes()
+    shifted = np.load(part)[::-1].copy()
+    np.save(part, shifted)
+    assert not np.allclose(embed_sentences(said, teacher, tmp_path, max_tokens=16), first)  # read, not made
+    for damage in (kept[:40], b"", b"PK"):
+        part.write_bytes(damage)
+        np.testing.assert_array_equal(embed_sentences(said, teacher, tmp_path, max_tokens=16), first)
+        assert part.read_bytes() == kept
 
 
 def test_bad_teachers_and_sentences_are_one_line(teacher, sentences, tmp_path) -> None:

@@ -12,7 +12,8 @@ from tiny_model import write_tiny_model
 from typer.testing import CliRunner
 
 from biomedclip.errors import CheckpointError, ConfigError
-from biomedclip.training.wise import carrying, interpolate, interpolate_folders
+from biomedclip.models.interpolate import carrying, interpolate
+from biomedclip.training.wise import interpolate_folders
 
 
 def two_states():

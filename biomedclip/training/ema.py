@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from biomedclip.models.interpolate import carrying
 from biomedclip.training.continual.config import EmaConfig, EnsembleConfig
-from biomedclip.training.wise import carrying
 
 
 class WeightAverage:

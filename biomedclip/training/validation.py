@@ -31,6 +31,7 @@ from biomedclip.evaluation.scoring import Encoder, score_options_of, score_retri
 from biomedclip.evaluation.splits import read_split
 from biomedclip.evaluation.tasks import Task, find_task
 from biomedclip.files import write_text
+from biomedclip.models.interpolate import carrying, interpolate
 from biomedclip.runs import Run
 from biomedclip.schema import LabelledImage, Manifest
 from biomedclip.training.continual.config import ProbeConfig
@@ -38,7 +39,6 @@ from biomedclip.training.ema import AverageWeights
 from biomedclip.training.exports import read_weights
 from biomedclip.training.forgetting import VALIDATION_FILE, read_validation, retention
 from biomedclip.training.gather import rank, world_size
-from biomedclip.training.wise import carrying, interpolate
 
 _SCORES: dict[str, Callable[..., Scores]] = {
     "zero_shot": score_zero_shot, "options": score_options_of, "retrieval": score_retrieval,

@@ -1,9 +1,8 @@
 """WiSE-FT: weights between the start of a run and its end, which often keep the old and have most of the new.
 
-Reads two sets of weights of one architecture; yields their interpolation as a folder in their format, or, during
-training, a model that carries it for the length of a `with` block. Everything with a fractional part is interpolated,
-buffers of batch norm and the logit scale too (stored as its logarithm, and interpolated so, as the authors do);
-counters and position ids are the end's.
+Reads two folders with weights of one architecture; yields their interpolation as a folder in their format. Everything
+with a fractional part is interpolated, buffers of batch norm and the logit scale too (stored as its logarithm, and
+interpolated so, as the authors do); counters and position ids are the end's.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from biomedclip.errors import CheckpointError, ConfigError
-from biomedclip.models.interpolate import carrying, interpolate
-
-__all__ = ["carrying", "interpolate", "interpolate_folders"]
+from biomedclip.models.interpolate import interpolate
 
 
 def interpolate_folders(start: str | Path, end: str | Path, alpha: float, out: str | Path) -> Path:

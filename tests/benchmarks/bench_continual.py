@@ -31,11 +31,11 @@ from biomedclip.evaluation.prompts import compile_prompts
 from biomedclip.evaluation.scores import measure
 from biomedclip.evaluation.splits import read_split
 from biomedclip.evaluation.tasks import Task
+from biomedclip.models.interpolate import interpolate
 from biomedclip.models.load import load
 from biomedclip.training.config import TrainConfig
 from biomedclip.training.train import train
 from biomedclip.training.validation import Probe, choose_rows
-from biomedclip.training.wise import interpolate
 from data_builders.build import BuildConfig, build
 from data_builders.labels.recipe import load_recipe
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from biomedclip.errors import CheckpointError
-from biomedclip.files import sha256_json, write_atomic
+from biomedclip.files import explain_full_disk, sha256_file, sha256_json, write_atomic
 from biomedclip.progress import Progress, silent
 
 PART = 8192
@@ -31,20 +31,22 @@ def embed_sentences(
     Raises CheckpointError where the folder holds no such encoder.
     """
     model, tokenise = _load(teacher)
+    own = sha256_json([sha256_file(path) for path in sorted(Path(teacher).glob("*.safetensors"))])
     order = np.argsort([len(sentence) for sentence in sentences], kind="stable")
     vectors: NDArray[np.float32] | None = None
     with progress("sentences by the teacher", len(sentences)) as advance:
         for start in range(0, len(order), PART):
             rows = order[start : start + PART]
             part = [sentences[row] for row in rows]
-            path = Path(cache) / f"{sha256_json([str(teacher), max_tokens, part])[:24]}.npy"
-            if not path.exists():
+            path = Path(cache) / f"{sha256_json([own, max_tokens, part])[:24]}.npy"
+            known = _read_part(path, len(part))
+            if known is None:
                 made = np.concatenate([_embed(model, tokenise, part[i : i + BATCH], max_tokens)
                                        for i in range(0, len(part), BATCH)])  # fmt: skip
+                known = made.astype(np.float16)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with write_atomic(path) as file:
-                    np.save(file, made.astype(np.float16), allow_pickle=False)
-            known = np.load(path, allow_pickle=False).astype(np.float32)
+                with explain_full_disk(path.parent), write_atomic(path) as file:
+                    np.save(file, known, allow_pickle=False)
             if vectors is None:
                 vectors = np.empty((len(sentences), known.shape[1]), dtype=np.float32)
             vectors[rows] = known
@@ -63,6 +65,15 @@ def reduce_width(vectors: NDArray[np.float32], width: int) -> tuple[NDArray[np.f
     reduced = vectors @ strongest
     kept = float(values[::-1][:width].sum() / values.sum())
     return reduced / np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12), kept
+
+
+def _read_part(path: Path, count: int) -> NDArray[np.float16] | None:
+    """A part that an earlier run left, where it is whole."""
+    try:
+        known: NDArray[np.float16] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return known if known.ndim == 2 and len(known) == count and np.isfinite(known).all() else None
 
 
 def _embed(model: Any, tokenise: Any, sentences: list[str], max_tokens: int) -> NDArray[np.float32]:

@@ -2,9 +2,8 @@
 
 Reads sentences and the teacher's vectors of them; yields a folder in open_clip's format whose text tower is trained
 and whose image tower is not yet, for `model.text_tower` of a pretraining config. Captions alone are too few to learn
-that a leukocyte is a white blood cell; the sentences of a few hundred articles and the teacher's vectors of them are
-enough for a tower a tenth of its size to keep most of its neighbourhoods. The last percent of the sentences is held
-out and says how well that went.
+that a leukocyte is a white blood cell; the sentences of a few hundred articles, each with the teacher's vector of it,
+say more. The last percent of the sentences is held out and says how much of the teacher's sense was taken over.
 """
 
 from __future__ import annotations
