@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import typer
+from command_line import run_command
 from typer.testing import CliRunner
 
 from biomedclip import __version__, cli
@@ -196,9 +197,9 @@ def test_help_imports_no_torch_and_is_quick(arguments):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]")
     # The promise is half a second; processor time is what the code costs, not what else the machine does. A slow
-    # machine, or one whose cores share a busy one, takes up to twice that.
-    spent = []
-    for _ in range(3):
+    # machine, or one whose cores share a busy one, takes up to twice that, and may be busy once or twice.
+    spent = [2.0]
+    while min(spent) >= 1.0 and len(spent) < 4:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run(*arguments).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -247,12 +248,12 @@ def test_a_plan_is_made_estimated_and_a_dataset_verified_from_the_command_line(t
 
     sample = str(resources.files("data_builders") / "sample" / "pmc")
     plan = str(tmp_path / "plan.parquet")
-    done = run("data", "plan", sample, "--out", plan, "--set", "licence=commercial", "--set", "limit=5", check=True)
+    done = run_command("data", "plan", sample, "--out", plan, "--set", "licence=commercial", "--set", "limit=5")
     assert "5 planned in 1 units" in done.stdout
-    assert "articles   5 in 1 units" in run("data", "estimate", plan, "--set", "cores=4", check=True).stdout
-    refused = run("data", "plan", sample, "--out", plan)
+    assert "articles   5 in 1 units" in run_command("data", "estimate", plan, "--set", "cores=4").stdout
+    refused = run_command("data", "plan", sample, "--out", plan)
     assert (refused.returncode, refused.stderr) == (2, "error: --set: licence: is missing; add it\n")
-    broken = run("data", "verify", str(tmp_path))
+    broken = run_command("data", "verify", tmp_path)
     assert broken.returncode == 2
     assert "holds no finished dataset" in broken.stderr
 

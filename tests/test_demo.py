@@ -27,6 +27,7 @@ def done(tmp_path_factory):
     return result, json.loads(result.summary.read_bytes()), said
 
 
+@pytest.mark.slow
 def test_the_summary_has_every_task_before_and_after_with_intervals(done):
     _, summary, _ = done
     assert set(summary["tasks"]) == {"bccd", "pneumoniamnist", "article_retrieval"}
@@ -42,6 +43,7 @@ def test_the_summary_has_every_task_before_and_after_with_intervals(done):
             assert entry["n"] == n
 
 
+@pytest.mark.slow
 def test_the_ledger_adds_up_and_the_datasets_verify(done):
     result, summary, said = done
     ledger = summary["ledger"]
@@ -52,6 +54,7 @@ def test_the_ledger_adds_up_and_the_datasets_verify(done):
     assert any("131 seen = 99 kept + 32 dropped" in line for line in said)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_report_are_those_of_the_summary(done):
     result, summary, _ = done
     page = result.report.read_text()
@@ -63,6 +66,7 @@ def test_the_numbers_of_the_report_are_those_of_the_summary(done):
     assert f"{summary['ledger']['seen']:,}" in text or "131" in text
 
 
+@pytest.mark.slow
 def test_the_weights_load_by_the_folder_and_in_open_clip(done):
     import open_clip
     import torch
@@ -88,6 +92,7 @@ def test_the_lines_of_the_readme_run_as_they_stand():
     assert abs(names["probabilities"].sum().item() - 1) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_everything_done_and_keeps_the_numbers(done):
     result, summary, _ = done
     weights = result.report.parent / "run" / "final" / "open_clip_model.safetensors"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -182,13 +181,9 @@ def test_copies_of_the_bucket_are_compared_from_the_command_line(tmp_path):
     for path in sorted((SAMPLE / "metadata").glob("*.json"))[2:]:
         facts = json.loads(path.read_text())
         (old / path.name).write_text(json.dumps(facts | {"is_retracted": False}))
-    done = subprocess.run(
-        [sys.executable, "-m", "biomedclip", "data", "diff", str(old.parent), str(SAMPLE), "--out",
-         str(tmp_path / "d.parquet")], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_command("data", "diff", old.parent, SAMPLE, "--out", tmp_path / "d.parquet")
+    assert done.returncode == 0, done.stderr
     assert "2 new" in done.stdout
-    plan = subprocess.run(
-        [sys.executable, "-m", "biomedclip", "data", "plan", str(SAMPLE), "--out", str(tmp_path / "p.parquet"),
-         "--set", "licence=all", "--only", str(tmp_path / "d.parquet")], capture_output=True, text=True,
-    )  # fmt: skip
+    options = ("--set", "licence=all", "--only", tmp_path / "d.parquet")
+    plan = run_command("data", "plan", SAMPLE, "--out", tmp_path / "p.parquet", *options)
     assert "not_asked_for" in plan.stdout, plan.stderr

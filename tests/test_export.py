@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run_command
 from PIL import Image
 
 from biomedclip.config import check_config
@@ -309,10 +308,9 @@ def test_indexes_are_read_a_shard_at_a_time(dataset, tmp_path, monkeypatch):
 
 
 def test_the_command_prints_counts_and_drops(dataset, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "biomedclip", "data", "export", str(dataset), "--schema", "open_clip_csv", "--out",
-         str(tmp_path / "out"), "--csv-separator", ";"], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    options = ("--schema", "open_clip_csv", "--out", tmp_path / "out", "--csv-separator", ";")
+    done = run_command("data", "export", dataset, *options)
+    assert done.returncode == 0, done.stderr
     assert "13 samples as open_clip_csv (train 11, test 2), 4 taken back before" in done.stdout
     assert "3 dropped: caption_reads_as_missing" in done.stdout
     assert (tmp_path / "out" / "train.csv").read_text().startswith("filepath;title;")

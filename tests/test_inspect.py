@@ -87,6 +87,7 @@ def sample_items() -> list[Article | Pair | Drop]:
     return list(article_pairs(record, LocalBucket(SAMPLE), STRICT, preset="commercial-derivatives"))
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_what_a_build_decides():
     items, seen = sample_items(), inspect_sample()
     panels = [panel for figure in seen.figures for panel in figure.panels]
@@ -216,6 +217,7 @@ def test_every_kind_of_source_shows_the_same_figures(tmp_path):
     assert inspect_source("PMC5", str(tmp_path / "mirror")).figures[0].reason == "broken_package"
 
 
+@pytest.mark.slow
 def test_a_dataset_folder_and_a_folder_of_units_show_what_they_keep(tmp_path):
     for name in ("PMC999000012.1", "PMC999000007.1", "PMC999000007.2"):
         shutil.copytree(SAMPLE / name, tmp_path / "bucket" / name)

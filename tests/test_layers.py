@@ -3,9 +3,8 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("biomedclip/**/*.py"), *ROOT.glob("data_builders/**/*.py")])
@@ -67,41 +66,59 @@ def room(module: str) -> str | None:
     return ".".join(parts[:2]) if parts[0] == "biomedclip" and len(parts) > 1 else None
 
 
-def imported_modules(path: Path) -> set[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-    return found
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_a_room_imports_only_from_rooms_below_it(path):
+def wrong_imports(path: Path) -> list[str]:
     module = module_name(path)
-    here = room(module)
+    here, wrong = room(module), []
     if here is None:
-        return
-    assert here in LEVELS, f"{here} is not in the layer table"
+        return []
+    if here not in LEVELS:
+        return [f"{here} is not in the layer table"]
     for name in imported_modules(path):
         there = room(name)
         if there is None or there == here or there not in LEVELS:
             continue
-        assert LEVELS[there] < LEVELS[here], f"{module} imports {name}"
-        if here == "data_builders":
-            assert there in ABOVE_TORCH, f"{module} imports {name}, which stands below the torch line"
-        if there == "data_builders":
-            assert here in COMMAND_LINE, f"{module} imports {name}; only the command line may"
+        if LEVELS[there] >= LEVELS[here]:
+            wrong.append(f"{module} imports {name}")
+        if here == "data_builders" and there not in ABOVE_TORCH:
+            wrong.append(f"{module} imports {name}, which stands below the torch line")
+        if there == "data_builders" and here not in COMMAND_LINE:
+            wrong.append(f"{module} imports {name}; only the command line may")
+    return wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_nothing_above_the_line_imports_torch(path):
-    module = module_name(path)
-    if room(module) not in ABOVE_TORCH or module in VOLUME_READERS:
-        return
-    assert not {name.split(".")[0] for name in imported_modules(path)} & TORCH_SIDE
+# A rule is one test over all files and names every place that breaks it: a test a file would be most of the suite.
+
+
+def test_a_room_imports_only_from_rooms_below_it():
+    assert len(FILES) > 300
+    assert [line for path in FILES for line in wrong_imports(path)] == []
+
+
+def test_nothing_above_the_line_imports_torch():
+    found = {
+        module: heavy
+        for path in FILES
+        if room(module := module_name(path)) in ABOVE_TORCH and module not in VOLUME_READERS
+        if (heavy := {name.split(".")[0] for name in imported_modules(path)} & TORCH_SIDE)
+    }
+    assert found == {}
 
 
 def test_the_builders_and_the_package_import_without_torch():
@@ -114,22 +131,28 @@ def test_the_builders_and_the_package_import_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_packages_hold_no_asserts_no_blanket_excepts_and_no_catch_all_modules(path):
-    assert path.stem not in {"utils", "common", "helpers", "base", "misc"}
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not isinstance(node, ast.Assert), f"{path}:{node.lineno} asserts"
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{path}:{node.lineno} catches everything"
-            assert getattr(node.type, "id", "") not in ("Exception", "BaseException"), f"{path}:{node.lineno}"
+def test_packages_hold_no_asserts_no_blanket_excepts_and_no_catch_all_modules():
+    assert {path.stem for path in FILES}.isdisjoint({"utils", "common", "helpers", "base", "misc"})
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Assert):
+                wrong.append(f"{path}:{node.lineno} asserts")
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            ):
+                wrong.append(f"{path}:{node.lineno} catches everything")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_every_module_and_public_name_says_what_it_is(path):
-    tree = ast.parse(path.read_text())
-    if not tree.body:
-        return
-    assert ast.get_docstring(tree), f"{path} opens without a docstring"
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
+def test_every_module_and_public_name_says_what_it_is():
+    wrong = []
+    for path in FILES:
+        body = tree_of(path).body
+        if body and not ast.get_docstring(tree_of(path)):
+            wrong.append(f"{path} opens without a docstring")
+        for node in body:
+            is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if is_public and not ast.get_docstring(node):
+                wrong.append(f"{path}:{node.lineno} {node.name} has no docstring")
+    assert wrong == []

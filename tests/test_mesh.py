@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import pickle
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 
 from biomedclip.errors import DataError
 from data_builders.pmc import mesh, mesh_terms
@@ -158,6 +157,7 @@ def test_a_bomb_without_citations_is_stopped(tmp_path, monkeypatch):
         write_mesh([tmp_path / "bomb.xml.gz"], tmp_path / "mesh.parquet")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(mesh, "_BATCH_ROWS", 100)
 
@@ -188,8 +188,6 @@ def test_a_missing_table_and_a_stranger_are_refused(tmp_path):
 
 def test_the_command_prints_what_it_read(tmp_path):
     write(tmp_path / "a.xml.gz", citation(1, "A"), citation(2))
-    done = subprocess.run(
-        [sys.executable, "-m", "biomedclip", "data", "mesh", str(tmp_path / "a.xml.gz"), "--out",
-         str(tmp_path / "mesh.parquet")], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_command("data", "mesh", tmp_path / "a.xml.gz", "--out", tmp_path / "mesh.parquet")
+    assert done.returncode == 0, done.stderr
     assert "2 citations in 1 files, 2 articles" in done.stdout

@@ -146,6 +146,7 @@ def test_a_pickled_weights_file_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_package_loads_without_being_told_where_the_code_is(tiny):
     script = f"import biomedclip; print(len(biomedclip.load({str(tiny)!r})))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run_command
 from synthetic_units import article, articles, pair, write_raw
 
 from biomedclip.errors import ConfigError, DataError
@@ -330,8 +331,7 @@ def test_datasets_loads_it_by_its_card(packed: Path, tmp_path: Path, monkeypatch
 
 def test_the_commands_walk_from_units_to_a_dataset(raw: Path, packed: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, "-m", "biomedclip", "data", *map(str, arguments)], capture_output=True,
-                              text=True)  # fmt: skip
+        done = run_command("data", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import run_command
 from synthetic_shards import write_articles, write_colours
 
 from biomedclip.errors import ConfigError, DataError
@@ -245,7 +244,7 @@ def test_a_diff_takes_back_what_is_retracted_removed_or_no_longer_licensed(diff,
 
 def test_the_command_says_what_it_took_back_and_that_the_shards_still_hold_it(folder):
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "biomedclip", "data", *arguments], capture_output=True, text=True)
+        return run_command("data", *arguments)
 
     done = run("purge", str(folder), "--articles", "PMC1,PMC77", "--reason", "removed")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 from synthetic_units import article, articles, pair, write_raw
 
 from biomedclip.errors import ConfigError, DataError
@@ -91,6 +92,7 @@ def test_with_its_selection_every_file_of_a_packed_dataset_comes_back_alone(root
     assert verify(folder) == []
 
 
+@pytest.mark.slow
 def test_everything_at_once_comes_back_on_two_workers(root):
     folder = root / "packed"
     whole = tree(folder)
@@ -262,8 +264,7 @@ def test_a_delta_goes_with_the_unit_it_mends_and_later_ones_with_it(tmp_path):
 
 def test_the_command_exits_with_2_until_nothing_is_left(root):
     def run(*arguments):
-        command = [sys.executable, "-m", "biomedclip", "data", "repair", str(root / "packed"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        return run_command("data", "repair", root / "packed", *arguments)
 
     cut(root / "packed" / "00000.tar")
     done = run()

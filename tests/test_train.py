@@ -178,6 +178,7 @@ def cut_back(folder, last):
             shutil.rmtree(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_with_parts_dropout_stages_and_validation_resumes_exactly(folders, tmp_path):
     whole = train(config(folders, **EVERYTHING), tmp_path / "a")
     shutil.copytree(whole.folder, tmp_path / "b")
@@ -188,6 +189,7 @@ def test_a_run_with_parts_dropout_stages_and_validation_resumes_exactly(folders,
     assert not equal(weights(whole.final), weights(plain.final))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_a_validation_stays_beside_the_newest(folders, tmp_path):
     settings = {"every_steps": 0, "every_minutes": 0, "keep_last": 1}
     wanted = {"validation": {"every_steps": 2, "max_samples": 8}, "optim": {"lr": 0.05}}

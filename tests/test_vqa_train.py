@@ -76,6 +76,7 @@ def test_a_head_learns_what_only_the_picture_tells(colours, tiny, tmp_path, head
     assert (tmp_path / "run" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_three_seeds_an_auto_encoder_and_resuming(colours, tiny, tmp_path):
     head = {"name": "qcr", "width": 16, "autoencoder": True, "autoencoder_px": 16}
     config = config_of(colours, tiny, seeds=[0, 1, 2], allow_few_seeds=False, epochs=2, head=head)
