@@ -131,9 +131,11 @@ def test_the_published_biomedclip_config_has_the_pinned_hash_and_a_changed_one_i
     ],
 )  # fmt: skip
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub, name, repo, message, monkeypatch):
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 2)
+    # It waits a second before each of its five retries.
+    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     source = read_model(name).source.repo
     if repo is not None:
         hub.repos[source] = repo

@@ -72,7 +72,7 @@ class Classifier:
         self, model: Encoder | str | Path, classes: Question | Mapping[str, Sequence[str]], *,
         ensemble: Ensemble | None = None, fast: bool = False,
     ) -> None:  # fmt: skip
-        self.encoder = model if isinstance(model, Encoder) else Encoder(model, fast=fast)
+        self.encoder = model if isinstance(model, Encoder) else Encoder(model, fast=fast, lite=True)
         question = classes if isinstance(classes, Question) else Question(
             prompts=classes, ensemble=ensemble or Ensemble()
         )  # fmt: skip

@@ -29,18 +29,21 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
+    from biomedclip.models.build import Loaded
+
 _TOLERANCE = 1e-4
 
 
 class Encoder:
     """A model with what it needs; built once, used by any number of threads.
 
-    Raises CheckpointError as `load` does.
+    `lite` is for those who only embed: the bundled model then comes without open_clip's long import. Raises
+    CheckpointError as `load` does.
     """
 
-    def __init__(self, name: str | Path, *, fast: bool = False, device: str = "cpu") -> None:
+    def __init__(self, name: str | Path, *, fast: bool = False, device: str = "cpu", lite: bool = False) -> None:
         self.name, self.device, self.fast = str(name), device, fast
-        self.model, self.preprocess, self.tokenizer = load(name, device=device)
+        self.model, self.preprocess, self.tokenizer = _load(name, device, lite)
         self.logit_scale = logit_scale_of(self.model)
         self.calibration = read_calibration(name)
         self._config = open_clip_config(self.preprocess) if fast else None
@@ -133,6 +136,15 @@ def fold_norms(model: nn.Module) -> int:
             setattr(parent, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
             count += 1
     return count
+
+
+def _load(name: str | Path, device: str, lite: bool) -> Loaded:
+    if lite:
+        from biomedclip.models.lite import load_lite
+
+        if (loaded := load_lite(name, device=device)) is not None:
+            return loaded
+    return load(name, device=device)
 
 
 def _fit(image: Image.Image, config: dict[str, Any]) -> Image.Image:

@@ -177,7 +177,7 @@ def open_index(
     dataset = dataset if isinstance(dataset, DatasetFolder) else DatasetFolder(dataset)
     if not len(dataset):
         raise DataError(dataset.folder, "has no samples to search", todo="name another dataset, or build it again")
-    encoder = model if isinstance(model, Encoder) else Encoder(model)
+    encoder = model if isinstance(model, Encoder) else Encoder(model, lite=True)
     home = cache_of(encoder, cache)
     name = hashlib.sha256(str(dataset.folder.resolve()).encode()).hexdigest()[:16]
     folder = home / "indexes" / name

@@ -91,19 +91,22 @@ class LoadReport:
 
 
 def assemble(
-    parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, trust_pickle: bool = False
-) -> Loaded:
+    parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, trust_pickle: bool = False,
+    build: Callable[[Architecture], nn.Module] | None = None,
+) -> Loaded:  # fmt: skip
     """`(model, preprocess, tokenizer)` of the parts, the model in evaluation mode with its `load_report`.
 
-    Without weights the model has random ones. Raises CheckpointError where a file cannot be read or does not fit.
+    Without weights the model has random ones. `build` makes another module of the architecture, with the same names of
+    its tensors. Raises CheckpointError where a file cannot be read or does not fit.
     """
+    build = build or build_architecture
     with quiet():
         if parts.weights:
             with parameters_on_meta():
-                model = build_architecture(parts.architecture)
+                model = build(parts.architecture)
             report = _load_weights(model, parts, trust_pickle)
         else:
-            model = build_architecture(parts.architecture)
+            model = build(parts.architecture)
             report = LoadReport(name=parts.where, revision=None, files=())
     attached: Any = model
     attached.load_report, attached.facts, attached.companions = report, parts.facts, dict(parts.companions)

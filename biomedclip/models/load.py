@@ -22,7 +22,7 @@ from biomedclip.models.catalog import architecture_folder, list_architectures, l
 from biomedclip.models.folders import CONFIG_FILE, FACTS_FILE, HubPlace, folder_place, read_place
 from biomedclip.models.hub import fetch, file_hash
 from biomedclip.models.preprocess import ImageTransform, open_clip_config, transform_from_open_clip
-from biomedclip.models.tokenise import make_tokenizer
+from biomedclip.models.tokenise import Tokenise, make_tokenizer
 from biomedclip.models.zoo import Architecture, File, ReleasedModel, find_model, read_zoo
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def find_parts(
     """What a name stands for, with its files on this disk; an Origin where open_clip itself must load it."""
     text = str(name)
     path = Path(text.removeprefix("local-dir:"))
-    model = _find_released(name)
+    model = find_released(name)
     if model is not None:
         return released_parts(
             model, revision=revision, checkpoint=checkpoint, local_files_only=local_files_only,
@@ -147,14 +147,14 @@ def released_parts(
     return Parts(
         where=model.name, architecture=model.architecture, keys=model.keys, facts=model, weights=weights, revision=own,
         transform=_override(transform, preprocess, model.name) if preprocess else transform,
-        tokenise=make_tokenizer(model.tokenizer, companions, model.name), companions=companions,
+        tokenise=tokenise or make_tokenizer(model.tokenizer, companions, model.name), companions=companions,
     )  # fmt: skip
 
 
 def find_origin(name: str | Path, *, random_init: bool = False) -> Origin:
     """The open_clip config of what `name` stands for. Raises CheckpointError for a name that is none, with the
     nearest one, and for a model whose towers open_clip cannot express."""
-    model = _find_released(name)
+    model = find_released(name)
     if model is not None:
         return Origin(name=model.name, pretrained=None, model_cfg=model_config(model.architecture))
     parts = find_parts(name, random_init=random_init)
@@ -190,8 +190,8 @@ def register_architectures() -> None:
         open_clip.add_model_config(architecture_folder())
 
 
-def _find_released(name: str | Path) -> ReleasedModel | None:
-    """The model of the zoo that a name stands for. A folder that is called like one is named by a path: ./plip."""
+def find_released(name: str | Path) -> ReleasedModel | None:
+    """The model of the zoo that a name stands for; None where it stands for something else. A folder that is called like one is named by a path: ./plip."""
     text = str(name)
     if isinstance(name, Path) or text.startswith("local-dir:") or ("/" in text and Path(text).exists()):
         return None
