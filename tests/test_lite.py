@@ -52,7 +52,7 @@ def test_sentences_are_cut_into_the_same_ids_and_embedded_alike(both):
     with torch.inference_mode():
         found, wanted = own.encode_text(ours(TEXTS), normalize=True), theirs.encode_text(tokenizer(TEXTS), True)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-    assert float(own.logit_scale) == float(theirs.logit_scale)
+    assert torch.equal(own.logit_scale, theirs.logit_scale)
 
 
 def test_the_preprocessing_is_the_same(both):

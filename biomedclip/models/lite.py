@@ -66,7 +66,7 @@ def fits(architecture: Architecture) -> bool:
 
 
 def build(architecture: Architecture) -> LiteClip:
-    """The model of an architecture that `fits`, with random weights."""
+    """The model of an architecture that `fits`, with weights of no meaning: a file's take their place."""
     config = architecture.config
     return LiteClip(config["embed_dim"], config["text_cfg"])
 
@@ -196,7 +196,8 @@ class TextTower(nn.Module):
         self, embed_dim: int, *, context_length: int, vocab_size: int, width: int, heads: int, layers: int
     ) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        # Without initial values: drawing them for a tensor without memory makes torch import its compiler for 2 seconds.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.zeros(context_length, width))
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))

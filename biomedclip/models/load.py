@@ -127,8 +127,12 @@ def find_parts(
 def released_parts(
     model: ReleasedModel, *, revision: str | None = None, checkpoint: str | Path | None = None,
     local_files_only: bool = False, random_init: bool = False, preprocess: Mapping[str, Any] | None = None,
+    tokenise: Tokenise | None = None,
 ) -> Parts:  # fmt: skip
-    """A released model with its files on this disk. Raises CheckpointError where one cannot be had."""
+    """A released model with its files on this disk, with another tokenizer than its own where one is given.
+
+    Raises CheckpointError where a file cannot be had.
+    """
     beside = Path(checkpoint) if checkpoint is not None else None
     if beside is not None and beside.is_file():
         beside = beside.parent
