@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q --numprocesses 2
 
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow or fault"
+	$(BIN)/python -m pytest -q -m "slow or fault" --numprocesses 2 --dist loadfile --timeout 300
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
