@@ -196,7 +196,7 @@ class TextTower(nn.Module):
         self, embed_dim: int, *, context_length: int, vocab_size: int, width: int, heads: int, layers: int
     ) -> None:
         super().__init__()
-        # Without initial values: drawing them for a tensor without memory makes torch import its compiler for 2 seconds.
+        # Without initial values: drawing them for a tensor without memory makes torch import its compiler, 2 seconds.
         self.token_embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.zeros(context_length, width))
         self.transformer = nn.Module()

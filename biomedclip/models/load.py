@@ -195,7 +195,10 @@ def register_architectures() -> None:
 
 
 def find_released(name: str | Path) -> ReleasedModel | None:
-    """The model of the zoo that a name stands for; None where it stands for something else. A folder that is called like one is named by a path: ./plip."""
+    """The model of the zoo that a name stands for; None where it stands for something else.
+
+    A folder that is called like a model is named by a path: ./plip.
+    """
     text = str(name)
     if isinstance(name, Path) or text.startswith("local-dir:") or ("/" in text and Path(text).exists()):
         return None
