@@ -149,6 +149,7 @@ def test_sections_of_a_config_are_in_the_result(cells, tmp_path):
     assert beyond["adapters"]["tip"]["n_train"] == 15
     assert beyond["few_shot"]["curves"]["nearest_mean"]["2"]["n"] == 2
     assert beyond["calibration"]["temperature"]["split"] == "val"
+    assert beyond["calibration"]["temperature"]["reason"] == "all 18 samples of val are right"
     assert beyond["prompt_sensitivity"]["n"] == 4
     assert "no row has the attribute 'site'" in beyond["subgroups"]["reason"]
     assert json.loads(result.path.read_text())["beyond"] == beyond

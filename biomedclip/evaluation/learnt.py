@@ -94,9 +94,12 @@ def run_calibration(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
         held = scored.features(scored.task.select_split)
     except DataError as error:
         return found | {"temperature": {"reason": str(error)[:200]}}
-    temperature = calibration.fit_temperature(held.y, scored.logit_scale * _cosines(scored, held.vectors))
-    after = calibration.calibrate(scores.y, logits, temperature)
-    return found | {"temperature": {"value": temperature, "split": held.split, "n": len(held.y), **after}}
+    of, held_logits = {"split": held.split, "n": len(held.y)}, scored.logit_scale * _cosines(scored, held.vectors)
+    if (held_logits.argmax(1) == held.y).all():
+        # The likelihood then grows without end as the temperature falls: what the search ends with says nothing.
+        return found | {"temperature": {"reason": f"all {len(held.y)} samples of {held.split} are right", **of}}
+    temperature = calibration.fit_temperature(held.y, held_logits)
+    return found | {"temperature": {"value": temperature, **of, **calibration.calibrate(scores.y, logits, temperature)}}
 
 
 def run_prior(scored: Scored, config: EvaluateConfig) -> dict[str, Any]:
