@@ -9,7 +9,7 @@ OUT    ?= demo
 
 help:
 	@echo "make demo           install into $(VENV) and run 'biomedclip demo' into $(OUT)/ (about 5 minutes)"
-	@echo "make test           the default tests: offline, under 3 minutes"
+	@echo "make test           the default tests: offline, 3 to 6 minutes on 2 cores"
 	@echo "make slow           the slow and the fault-injection tests"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         let ruff rewrite"
