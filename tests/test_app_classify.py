@@ -3,17 +3,16 @@
 import csv
 import io
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 from PIL import Image
 from tiny_model import write_tiny_model
 from torch import nn
 
-from biomedclip import cli
 from biomedclip.app import classify as module
 from biomedclip.app.classify import BATCH, Classified, Classifier
 from biomedclip.app.encoder import Encoder, fold_norms, tune
@@ -270,18 +269,15 @@ def test_a_file_of_prompts(tmp_path):
         assert said in str(error.value)
 
 
-def run(monkeypatch, capsys, *arguments):
+def run(*arguments):
     """Exit code, standard output and standard error of the command."""
-    monkeypatch.setattr(sys, "argv", ["biomedclip", "classify", *map(str, arguments)])
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    shown = capsys.readouterr()
-    return done.value.code or 0, shown.out, shown.err
+    done = run_command("classify", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_a_folder_with_a_bad_file_gives_a_table_a_csv_and_the_reason(model, folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_with_a_bad_file_gives_a_table_a_csv_and_the_reason(model, folder, tmp_path):
     table = tmp_path / "out.csv"
-    code, out, err = run(monkeypatch, capsys, folder, tmp_path / "gone.png", "-m", model, "-l", "red,green,blue",
+    code, out, err = run(folder, tmp_path / "gone.png", "-m", model, "-l", "red,green,blue",
                          "--top", 2, "--csv", table)  # fmt: skip
     assert code == 0
     assert "not read: " in err
@@ -298,13 +294,13 @@ def test_a_folder_with_a_bad_file_gives_a_table_a_csv_and_the_reason(model, fold
         numbers = {label: float(row[f"p:{label}"]) for label in LABELS}
         assert sum(numbers.values()) == pytest.approx(1, abs=1e-5)
         assert row["best"] == max(numbers, key=numbers.get)
-    code, _, err = run(monkeypatch, capsys, folder, "-m", model, "-l", "red,green", "--csv", table)
+    code, _, err = run(folder, "-m", model, "-l", "red,green", "--csv", table)
     assert code == 2
     assert "exists already; name another file, or give --overwrite" in err
 
 
-def test_json_lines_hold_one_object_a_picture_and_errors_too(model, folder, monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, folder / "006.png", folder / "007.jpg", "-m", model, "-t", "bccd",
+def test_json_lines_hold_one_object_a_picture_and_errors_too(model, folder):
+    code, out, err = run(folder / "006.png", folder / "007.jpg", "-m", model, "-t", "bccd",
                          "--json", "--top", 2, "--fast")  # fmt: skip
     first, second = map(json.loads, out.strip().split("\n"))
     assert code == 0
@@ -318,16 +314,16 @@ def test_json_lines_hold_one_object_a_picture_and_errors_too(model, folder, monk
     assert "not read" in err
 
 
-def test_where_nothing_can_be_read_the_code_is_two(model, folder, monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, folder / "007.jpg", "-m", model, "-l", "a,b")
+def test_where_nothing_can_be_read_the_code_is_two(model, folder):
+    code, out, err = run(folder / "007.jpg", "-m", model, "-l", "a,b")
     assert (code, out) == (2, "")
     assert "error: images: none could be classified (found 1 not read); see the reasons above" in err
 
 
-def test_bad_labels_are_said_before_the_model_is_loaded(folder, monkeypatch, capsys):
+def test_bad_labels_are_said_before_the_model_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(module, "Classifier", None)
     for labels, said in (("normal", "is one label"), ("a,A", "names a label twice"), ("", "names no label")):
-        code, _, err = run(monkeypatch, capsys, folder, "-l", labels)
+        code, _, err = run(folder, "-l", labels)
         assert code == 2
         assert said in err
         assert err.count("\n") == 1

@@ -5,6 +5,7 @@ import sys
 import pytest
 import typer
 from command_line import run_command
+from fresh_python import run_fresh
 from typer.testing import CliRunner
 
 from biomedclip import __version__, cli
@@ -188,14 +189,8 @@ def test_every_command_has_help_and_an_example(name):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["demo", "--help"]])
 def test_help_imports_no_torch_and_is_quick(arguments):
-    script = (
-        "import sys\nfrom biomedclip.cli import app\n"
-        f"app({arguments!r}, standalone_mode=False)\n"
-        "heavy = {'torch', 'pyarrow', 'lxml', 'open_clip', 'lightning', 'numpy'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr.strip().endswith("[]")
+    _, loaded = run_fresh(f"from biomedclip.cli import app\napp({arguments!r}, standalone_mode=False)")
+    assert loaded & {"torch", "pyarrow", "lxml", "open_clip", "lightning", "numpy"} == set()
     # The promise is half a second; processor time is what the code costs, not what else the machine does. A slow
     # machine, or one whose cores share a busy one, takes up to twice that, and may be busy once or twice.
     spent = [2.0]
@@ -293,8 +288,6 @@ def test_user_errors_are_exit_2(monkeypatch, capsys):
 
 
 def test_models_lists_names_without_torch():
-    script = (
-        "import sys\nfrom biomedclip.models.catalog import models_table\ntext = models_table()\n"
-        "assert 'biomedclip-demo' in text, text\nassert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    text, loaded = run_fresh("from biomedclip.models.catalog import models_table\nprint(models_table())")
+    assert "biomedclip-demo" in text
+    assert "torch" not in loaded

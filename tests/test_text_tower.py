@@ -1,6 +1,8 @@
 """`task: text`: sentences out of articles, the teacher's vectors, the loss, and a whole small run."""
 
+import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -174,10 +176,19 @@ def test_the_teachers_vectors_are_kept_and_a_damaged_part_is_made_again(teacher,
     shifted = np.load(part)[::-1].copy()
     np.save(part, shifted)
     assert not np.allclose(embed_sentences(said, teacher, tmp_path, max_tokens=16), first)  # read, not made
-    for damage in (kept[:40], b"", b"PK"):
+    huge = kept.replace(b"'shape': (3, ", b"'shape': (9999999999999, ").replace(b" " * 12 + b"\n", b"\n", 1)
+    words = io.BytesIO()
+    np.save(words, np.array([["a"], ["b"], ["c"]]))
+    for damage in (kept[:40], kept[:-1], b"", b"PK", huge, words.getvalue()):
         part.write_bytes(damage)
         np.testing.assert_array_equal(embed_sentences(said, teacher, tmp_path, max_tokens=16), first)
         assert part.read_bytes() == kept
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"note": "another"}))
+    embed_sentences(said, other, tmp_path, max_tokens=16)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_bad_teachers_and_sentences_are_one_line(teacher, sentences, tmp_path) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from search_speed import measure_search
 from torch.utils.data import DataLoader
 
-from biomedclip.app.classify import Classifier
+from biomedclip.app.classify import BATCH, Classifier
 from biomedclip.app.encoder import Encoder
 from biomedclip.app.pictures import find_sources
 from biomedclip.app.questions import ask_labels
@@ -146,8 +146,34 @@ def measure_classify(folder: Path) -> dict[str, float]:
         "classify_images_s": round(rates["classify"], 1),
         "classify_fast_images_s": round(rates["classify --fast"], 1),
         "open_clip_images_s": round(peer, 1),
+        **measure_phases(paths[:320], name),
         "first_answer_s": measure_first_answer(name),
     }
+
+
+def measure_phases(paths: list[Path], name: str) -> dict[str, float]:
+    """Milliseconds of one thread for a picture: read and decoded, prepared, embedded; as it is and fast."""
+    figures: dict[str, float] = {}
+    torch.set_num_threads(1)
+    for kind, fast in (("", False), ("_fast", True)):
+        encoder = Encoder(name, fast=fast, lite=True)
+        seconds: dict[str, list[float]] = {"read": [], "prepare": [], "embed": []}
+        for _ in range(3):
+            begun = time.perf_counter()
+            pictures = [p for s in find_sources(list(map(str, paths))).files for p in s.read(encoder.at_least_px)]
+            read = time.perf_counter()
+            tensors = [encoder.prepare(picture.image) for picture in pictures]
+            prepared = time.perf_counter()
+            for start in range(0, len(tensors), BATCH):
+                encoder.encode(tensors[start : start + BATCH])
+            embedded = time.perf_counter()
+            for phase, spent in zip(seconds, (read - begun, prepared - read, embedded - prepared), strict=True):
+                seconds[phase].append(spent)
+        for phase, spent in seconds.items():
+            figures[f"{phase}{kind}_ms"] = round(1e3 * statistics.median(spent) / len(paths), 2)
+    torch.set_num_threads(2)
+    print("phases           " + ", ".join(f"{phase} {ms}" for phase, ms in figures.items()))
+    return figures
 
 
 def measure_first_answer(name: str) -> float:

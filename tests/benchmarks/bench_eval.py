@@ -214,19 +214,24 @@ def measure_products() -> dict[str, float]:
     and of numpy's: what the zero-shot rate (8.8 GFLOP a picture) can reach at most."""
     import torch
 
-    from biomedclip.evaluation.packed import _multiply, _reorder
+    from biomedclip.evaluation.packed import packing
 
     shapes = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
-    inputs = [(torch.randn(64 * 50, wide), torch.randn(narrow, wide)) for wide, narrow in shapes]
-    packed = [_reorder(weight) for _, weight in inputs]
-    flops = sum(2 * len(x) * weight.numel() for x, weight in inputs)
+    inputs = [torch.randn(64 * 50, wide) for wide, _ in shapes]
+    plain, packed = (torch.nn.ModuleList(torch.nn.Linear(*shape, bias=False) for shape in shapes) for _ in range(2))
+    flops = sum(2 * len(x) * layer.weight.numel() for x, layer in zip(inputs, plain, strict=True))
+    weights = [layer.weight.detach().numpy().T for layer in plain]
+
+    def multiply(layers: torch.nn.ModuleList) -> None:
+        for x, layer in zip(inputs, layers, strict=True):
+            layer(x)
+
     runs = {
-        "plain": lambda: [torch.nn.functional.linear(x, weight) for x, weight in inputs],
-        "packed": lambda: [_multiply(x, weight, None) for (x, _), weight in zip(inputs, packed, strict=True)],
-        "numpy": lambda: [x.numpy() @ weight.numpy().T for x, weight in inputs],
-    }
+        "plain": lambda: multiply(plain), "packed": lambda: multiply(packed),
+        "numpy": lambda: [x.numpy() @ weight for x, weight in zip(inputs, weights, strict=True)],
+    }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.inference_mode():
+    with torch.inference_mode(), packing(packed, "cpu"):
         for _ in range(6):
             for name, run in runs.items():
                 start = time.perf_counter()

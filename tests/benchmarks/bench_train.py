@@ -290,13 +290,14 @@ def measure_curve() -> dict[str, float]:
     again = small_clip()
     again.load_state_dict(first)
     themselves = train_theirs(again, other_order, max_steps=CURVE_STEPS, warmup=50).losses
-    apart, early, control = (
+    apart, early, first_step, control = (
         max(abs(a - b) for a, b in zip(x[:steps], theirs[:steps], strict=True))
-        for x, steps in ((ours, CURVE_STEPS), (ours, 200), (themselves, CURVE_STEPS))
+        for x, steps in ((ours, CURVE_STEPS), (ours, 200), (ours, 1), (themselves, CURVE_STEPS))
     )
     say(f"curve: {ours[0]:.3f} to {ours[-1]:.3f}, theirs {theirs[-1]:.3f}, apart {apart:.2e}, control {control:.2e}")
     return {
-        "curve_max_abs_diff": apart, "curve_max_abs_diff_200_steps": early, "curve_open_clip_against_itself": control,
+        "curve_max_abs_diff": apart, "curve_max_abs_diff_200_steps": early, "curve_abs_diff_first_step": first_step,
+        "curve_open_clip_against_itself": control,
         "curve_first_loss": round(ours[0], 3), "curve_last_loss": round(ours[-1], 3),
     }  # fmt: skip
 

@@ -31,7 +31,9 @@ def embed_sentences(
     Raises CheckpointError where the folder holds no such encoder.
     """
     model, tokenise = _load(teacher)
-    own = sha256_json([sha256_file(path) for path in sorted(Path(teacher).glob("*.safetensors"))])
+    # Weights, config and tokenizer: what a vector depends on beside the sentence.
+    files = sorted(path for path in Path(teacher).iterdir() if path.suffix in (".safetensors", ".json", ".txt"))
+    own = sha256_json([[path.name, sha256_file(path)] for path in files])
     order = np.argsort([len(sentence) for sentence in sentences], kind="stable")
     vectors: NDArray[np.float32] | None = None
     with progress("sentences by the teacher", len(sentences)) as advance:
@@ -70,10 +72,13 @@ def reduce_width(vectors: NDArray[np.float32], width: int) -> tuple[NDArray[np.f
 def _read_part(path: Path, count: int) -> NDArray[np.float16] | None:
     """A part that an earlier run left, where it is whole."""
     try:
-        known: NDArray[np.float16] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        # Mapped, because a header may promise more than the file holds, and that would be allocated first.
+        known = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError):
         return None
-    return known if known.ndim == 2 and len(known) == count and np.isfinite(known).all() else None
+    if known.dtype != np.float16 or known.ndim != 2 or len(known) != count or not np.isfinite(known).all():
+        return None
+    return np.array(known)
 
 
 def _embed(model: Any, tokenise: Any, sentences: list[str], max_tokens: int) -> NDArray[np.float32]:
